@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from engine_loader import CudaIpcEngine, LoadReport, Progress, load
+from engine_loader.options import LoadOptions, Verify
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.gpu.source import Tensors
+from tests.support.waiting import wait_until
 
 
 class Source:
@@ -48,6 +52,55 @@ def etcd() -> Iterator[LocalEtcd]:
 def registry(etcd: LocalEtcd) -> Iterator[Registry]:
     with Registry.connect(etcd.endpoint) as registry:
         yield registry
+
+
+@pytest.fixture
+def engine() -> Iterator[CudaIpcEngine]:
+    with CudaIpcEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def source(etcd: LocalEtcd) -> Iterator[Source]:
+    source = Source(etcd.endpoint, "cuda_ipc")
+    yield source
+    source.kill()
+
+
+def fill(
+    registry: Registry,
+    engine: CudaIpcEngine,
+    found: Tensors,
+    verify: Verify = "digest",
+    **options: object,
+) -> LoadReport:
+    """From what the source publishes now."""
+    return load(
+        registry,
+        engine,
+        "a",
+        rank=0,
+        tensors=found,
+        timeout_s=0.0,
+        options=LoadOptions(verify=verify, **options),  # type: ignore[arg-type]
+    )
+
+
+def fill_and_kill(
+    registry: Registry, engine: CudaIpcEngine, source: Source, found: Tensors
+) -> LoadReport:
+    """The source is killed, and is not registered any more, when the first bytes have come."""
+    ended = threading.Event()
+
+    def kill(progress: Progress) -> None:
+        if not ended.is_set():
+            source.kill()
+            wait_until(lambda: not registry.instances())
+            ended.set()
+
+    report = fill(registry, engine, found, progress=kill)
+    assert ended.is_set()
+    return report
 
 
 def zeroed(tensors: Tensors, device: str | None = None) -> Tensors:

@@ -13,16 +13,16 @@ from contextlib import suppress
 import pytest
 import torch
 
-from engine_loader import CudaIpcEngine, Destination, LoadReport, Progress, load
+from engine_loader import CudaIpcEngine, Destination, load
 from engine_loader.engines.cuda_ipc.pieces import Pieces, is_by_descriptors
 from engine_loader.errors import LoaderError, SourceLost, TornRead
-from engine_loader.options import LoadOptions, Verify
+from engine_loader.options import Verify
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import peer_of_record
 from engine_registry import Manifest, Region, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd
-from tests.gpu.conftest import Source, assert_equal, zeroed
+from tests.gpu.conftest import Source, assert_equal, fill, fill_and_kill, zeroed
 from tests.gpu.source import Tensors, content, large_content
 from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
@@ -32,12 +32,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-
-
-@pytest.fixture
-def engine() -> Iterator[CudaIpcEngine]:
-    with CudaIpcEngine() as engine:
-        yield engine
 
 
 @pytest.fixture
@@ -53,24 +47,6 @@ def plain(etcd: LocalEtcd) -> Iterator[Source]:
     source = Source(etcd.endpoint, "cuda_ipc")
     yield source
     source.kill()
-
-
-def fill(
-    registry: Registry,
-    engine: CudaIpcEngine,
-    found: Tensors,
-    verify: Verify = "digest",
-    **options: object,
-) -> LoadReport:
-    return load(
-        registry,
-        engine,
-        "a",
-        rank=0,
-        tensors=found,
-        timeout_s=0.0,
-        options=LoadOptions(verify=verify, **options),  # type: ignore[arg-type]
-    )
 
 
 def manifest_of(registry: Registry) -> Manifest:
@@ -176,16 +152,7 @@ def test_a_load_reads_a_source_to_the_end_that_is_killed_and_lets_its_memory_go(
     source.do("publish 1")
     fill(registry, engine, zeroed(content(1), "cuda:1"))
     found = zeroed(content(1), "cuda:1")
-    ended = threading.Event()
-
-    def kill(progress: Progress) -> None:
-        if not ended.is_set():
-            source.kill()
-            wait_until(lambda: not registry.instances())
-            ended.set()
-
-    report = fill(registry, engine, found, progress=kill)
-    assert ended.is_set()
+    report = fill_and_kill(registry, engine, source, found)
     assert report.outlived == ("/engines/a/0",)
     assert report.verified
     assert_equal(found, content(1))

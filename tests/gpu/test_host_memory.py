@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,15 @@ import torch
 from engine_loader import (
     Arena,
     CudaIpcEngine,
-    LoadReport,
-    Progress,
     PublishOptions,
     arena_of,
-    load,
     publish,
 )
 from engine_loader.engines.cuda_ipc import pinned
 from engine_loader.engines.cuda_ipc.pieces import is_on_host
 from engine_loader.errors import TensorsUnusable
-from engine_loader.options import LoadOptions, Verify
 from engine_registry import Registry
-from engine_registry.etcd.local import LocalEtcd
-from tests.gpu.conftest import Source, assert_equal, zeroed
+from tests.gpu.conftest import Source, assert_equal, fill, fill_and_kill, zeroed
 from tests.gpu.source import MODEL, Tensors, content
 from tests.support.waiting import wait_until
 
@@ -34,37 +27,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
-
-
-@pytest.fixture
-def engine() -> Iterator[CudaIpcEngine]:
-    with CudaIpcEngine() as engine:
-        yield engine
-
-
-@pytest.fixture
-def source(etcd: LocalEtcd) -> Iterator[Source]:
-    source = Source(etcd.endpoint, "cuda_ipc")
-    yield source
-    source.kill()
-
-
-def fill(
-    registry: Registry,
-    engine: CudaIpcEngine,
-    found: Tensors,
-    verify: Verify = "auto",
-    **options: object,
-) -> LoadReport:
-    return load(
-        registry,
-        engine,
-        "a",
-        rank=0,
-        tensors=found,
-        timeout_s=0.0,
-        options=LoadOptions(verify=verify, **options),  # type: ignore[arg-type]
-    )
 
 
 def in_host_arena(number: int) -> Tensors:
@@ -95,13 +57,13 @@ def test_an_arena_of_the_host_arrives_on_any_device_as_often_as_it_is_loaded(
     assert all(map(is_on_host, exports))
     found = zeroed(content(1), device)
     for _ in range(2):
-        report = fill(registry, engine, found)
+        report = fill(registry, engine, found, "auto")
         assert_equal(found, content(1))
         assert report.protocol == "cuda_ipc"
         assert not report.verified
         found = zeroed(content(1), device)
     source.do("update")
-    assert fill(registry, engine, found, "digest").verified
+    assert fill(registry, engine, found).verified
     assert_equal(found, changed(1))
     assert mapped_arenas() - before == 3  # pinned once, whichever GPUs read
 
@@ -114,11 +76,11 @@ def test_weights_on_a_gpu_and_in_an_arena_of_the_host_arrive_together(
     assert {is_on_host(one) for one in exports} == {True, False}
     for device in ("cuda:1", "cpu"):
         found = zeroed(content(1), device)
-        assert fill(registry, engine, found, "digest").verified
+        assert fill(registry, engine, found).verified
         assert_equal(found, content(1))
     source.do("update")
     found = zeroed(content(1))
-    assert fill(registry, engine, found, "digest").verified
+    assert fill(registry, engine, found).verified
     assert_equal(found, changed(1))
 
 
@@ -132,7 +94,7 @@ def test_tensors_that_lie_in_several_parts_that_are_pinned_arrive_whole(
     source.do("host 1")
     for _ in range(2):
         found = zeroed(content(1))  # some tensors on each GPU
-        fill(registry, engine, found)
+        fill(registry, engine, found, "auto")
         assert_equal(found, content(1))
 
 
@@ -143,7 +105,7 @@ def test_an_arena_of_the_host_is_filled_from_any_memory(
     source.do(f"{command} 2")
     found = in_host_arena(0)
     for _ in range(2):
-        assert fill(registry, engine, found, "digest").verified
+        assert fill(registry, engine, found).verified
         assert_equal(found, content(2))
         for tensor in found.values():
             tensor.zero_()
@@ -154,19 +116,10 @@ def test_a_load_reads_an_arena_to_the_end_whose_process_is_killed_and_lets_it_go
 ) -> None:
     before = mapped_arenas()
     source.do("host 1")
-    fill(registry, engine, zeroed(content(1), "cuda:1"))
+    fill(registry, engine, zeroed(content(1), "cuda:1"), "auto")
     assert mapped_arenas() > before
     found = zeroed(content(1), "cuda:1")
-    ended = threading.Event()
-
-    def kill(progress: Progress) -> None:
-        if not ended.is_set():
-            source.kill()
-            wait_until(lambda: not registry.instances())
-            ended.set()
-
-    report = fill(registry, engine, found, "digest", progress=kill)
-    assert ended.is_set()
+    report = fill_and_kill(registry, engine, source, found)
     assert report.outlived == ("/engines/a/0",)
     assert_equal(found, content(1))
     wait_until(lambda: mapped_arenas() == before, timeout_s=30)
@@ -190,7 +143,7 @@ def test_gpus_read_an_arena_of_their_own_process_which_is_unpinned_when_it_is_go
     ):
         for device in ("cuda:0", "cuda:1", "cpu"):
             found = zeroed(content(3), device)
-            assert fill(registry, engine, found, "digest").verified
+            assert fill(registry, engine, found).verified
             assert_equal(found, content(3))
     weights.clear()
     wait_until(lambda: mapped_arenas() == before, timeout_s=30)

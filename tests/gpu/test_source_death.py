@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from engine_loader import CudaIpcEngine, Destination, LoadReport, Progress, load
+from engine_loader import CudaIpcEngine, Destination
 from engine_loader.errors import LoaderError, SourceLost
-from engine_loader.options import LoadOptions
 from engine_registry import Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd
-from tests.gpu.conftest import Source, assert_equal, zeroed
-from tests.gpu.source import Tensors, content
+from tests.gpu.conftest import Source, assert_equal, fill, fill_and_kill, zeroed
+from tests.gpu.source import content
 from tests.support.waiting import wait_until
 
 pytestmark = [
@@ -25,49 +23,13 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def engine() -> Iterator[CudaIpcEngine]:
-    with CudaIpcEngine() as engine:
-        yield engine
-
-
-@pytest.fixture
-def source(etcd: LocalEtcd) -> Iterator[Source]:
-    source = Source(etcd.endpoint, "cuda_ipc")
-    yield source
-    source.kill()
-
-
-def fill(
-    registry: Registry, engine: CudaIpcEngine, found: Tensors, **options: object
-) -> LoadReport:
-    return load(
-        registry,
-        engine,
-        "a",
-        rank=0,
-        tensors=found,
-        timeout_s=0.0,
-        options=LoadOptions(verify="digest", **options),  # type: ignore[arg-type]
-    )
-
-
 def test_a_load_reads_a_source_to_the_end_that_is_killed_when_its_memory_is_mapped(
     registry: Registry, engine: CudaIpcEngine, source: Source
 ) -> None:
     source.do("publish 1")
     fill(registry, engine, zeroed(content(1), "cuda:1"))
     found = zeroed(content(1), "cuda:1")
-    ended = threading.Event()
-
-    def kill(progress: Progress) -> None:
-        if not ended.is_set():
-            source.kill()
-            wait_until(lambda: not registry.instances())
-            ended.set()
-
-    report = fill(registry, engine, found, progress=kill)
-    assert ended.is_set()
+    report = fill_and_kill(registry, engine, source, found)
     assert report.outlived == ("/engines/a/0",)
     assert report.verified
     assert_equal(found, content(1))

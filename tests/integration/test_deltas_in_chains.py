@@ -30,23 +30,10 @@ from engine_loader import (
 )
 from engine_loader.publishing import delta_shelf
 from engine_loader.sources.deltas import Deltas
-from engine_registry import ModelIdentity, Registry
+from engine_registry import Registry
 from tests.integration.conftest import Processes, line_of
+from tests.integration.test_deltas import COLUMNS, MODEL, ROWS, NewEngine, Tensors, weights
 from tests.support.gates import Gate
-
-MODEL = ModelIdentity("m")
-ROWS, COLUMNS = 512, 1024
-Tensors = dict[str, torch.Tensor]
-NewEngine = Callable[[], Engine]
-
-
-def weights(seed: int = 0) -> Tensors:
-    random = torch.Generator().manual_seed(seed)
-    return {
-        f"w{number}": torch.randn(ROWS, COLUMNS, generator=random).to(torch.bfloat16)
-        for number in range(4)
-    }
-
 
 NBYTES = 4 * ROWS * COLUMNS * 2
 

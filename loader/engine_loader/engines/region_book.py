@@ -48,16 +48,19 @@ class RegionBook:
         region = self._regions[self._starts[place]] if place >= 0 else None
         return region if region is not None and addr + nbytes <= region.end else None
 
-    def check_destination(self, op: ReadOp, strides: bool = False) -> None:
+    def check_destination(self, op: ReadOp, strides: bool = False) -> Region:
+        """The registered region that the read goes to; EngineFailed."""
         if op.pieces:
             raise EngineFailed("this engine does not read many runs at once")
         if op.lines is not None and not strides:
             raise EngineFailed("this engine does not read runs at equal distances")
-        if self.holder_of(op.dst_addr, op.dst_nbytes) is None:
+        region = self.holder_of(op.dst_addr, op.dst_nbytes)
+        if region is None:
             raise EngineFailed(
                 f"{op.nbytes} bytes at {op.dst_addr:#x} are not lent to the engine",
                 "lend the destination first",
             )
+        return region
 
     def begin(self, region: Region) -> Begun:
         parts, new = [], []

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,14 +27,11 @@ log = logging.getLogger(__name__)
 _REMEDY = "use nvlink_intra, and report this"
 
 
-@dataclass(frozen=True)
-class _Loaded:
+class _Loaded(NamedTuple):
     """On one GPU."""
 
     function: ctypes.c_void_p
-    shared_nbytes: int
-    threads: int
-    parameters: int
+    compiled: kept.Compiled
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,16 @@ class Kernel:
         Raises:
             EngineFailed: It can be neither found nor compiled, or not launched.
         """
-        loaded = _loaded(self, stream.device_index)
-        values = (ctypes.c_uint64 * loaded.parameters)(*[one.data_ptr() for one in tensors])
+        function, compiled = _loaded(self, stream.device_index)
+        values = (ctypes.c_uint64 * compiled.parameters)(*[one.data_ptr() for one in tensors])
         first = ctypes.addressof(values)
-        places = (ctypes.c_void_p * loaded.parameters)(
-            *[first + 8 * number for number in range(loaded.parameters)]
+        places = (ctypes.c_void_p * compiled.parameters)(
+            *[first + 8 * number for number in range(compiled.parameters)]
         )
         code = driver().cuLaunchKernel(
-            loaded.function,
-            *[ctypes.c_uint(size) for size in (*grid, 1, loaded.threads, 1, 1)],
-            ctypes.c_uint(loaded.shared_nbytes),
+            function,
+            *[ctypes.c_uint(size) for size in (*grid, 1, compiled.threads, 1, 1)],
+            ctypes.c_uint(compiled.shared_nbytes),
             ctypes.c_void_p(stream.cuda_stream),
             places,
             None,
@@ -164,7 +162,7 @@ def _load(kernel: Kernel, gpu: int) -> _Loaded:
     check(code, failed, _REMEDY)
     code = driver().cuModuleGetFunction(ctypes.byref(function), module, compiled.name.encode())
     check(code, failed, _REMEDY)
-    return _Loaded(function, compiled.shared_nbytes, compiled.threads, compiled.parameters)
+    return _Loaded(function, compiled)
 
 
 def arch_of(gpu: int) -> int:

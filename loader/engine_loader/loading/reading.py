@@ -61,7 +61,6 @@ class Reading:
         self.others = others
         self.plan = planner.plan([source.origin for source in sources])
         self.place: Entered | None = None
-        self.check: DigestCheck | None = None
         self.shares: list[Share] = []
         self.seconds = 0.0
         self._job = job
@@ -90,21 +89,18 @@ class Reading:
         ahead_nbytes = sum(span.read_nbytes for span in spans) - sum(
             span.read_nbytes for span in missing
         )
+
+        def on_progress(progress: Progress) -> None:
+            self.report(progress, ahead_nbytes)
+
         reader = self._republication.record if self._republication is not None else None
-        shared = self.others.enter(
-            missing,
-            entrance,
-            reader,
-            self._count,
-            lambda progress: self.report(progress, ahead_nbytes),
-            self._undo,
-        )
+        shared = self.others.enter(missing, entrance, reader, self._count, on_progress, self._undo)
         self._transfer = Transfer(
             self._job.engine,
             [*shared, *(check.spans if check is not None else ())],
             [source.for_transfer() for source in self.all],
             self._pace(),
-            lambda progress: self.report(progress, ahead_nbytes),
+            on_progress,
             self._job.cancel,
             self._staging(missing),
             self._receive,

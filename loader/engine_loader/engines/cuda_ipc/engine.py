@@ -64,7 +64,8 @@ class CudaIpcEngine(ClosableEngine):
             gpus: What it uses of CUDA. For tests.
 
         Raises:
-            EngineUnavailable: There is no GPU or no Triton, or nothing can listen at that address.
+            EngineUnavailable: There is no GPU, or neither kernels nor Triton, or nothing can listen
+                at that address.
             InvalidField: The location is not valid.
         """
         self._fabric = fabric or this_host()
@@ -226,9 +227,7 @@ class CudaIpcEngine(ClosableEngine):
     def start(self, peer: str, op: ReadOp) -> int:
         with self._lent.lock:
             self._check_open()
-            self._lent.check_destination(op, strides=True)
-            region = self._lent.holder_of(op.dst_addr, op.dst_nbytes)
-            gpu = self._gpu_of[region.addr] if region is not None else None
+            gpu = self._gpu_of[self._lent.check_destination(op, strides=True).addr]
         return self._launches.start(self._sources.begin(peer, op), gpu, op)
 
     def done(self, number: int) -> bool:
