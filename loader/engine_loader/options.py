@@ -190,6 +190,10 @@ class PublishOptions:
             `snapshots`, `Snapshots.deltas` says how many are written.
         changed: The share of the elements of each tensor that may change from one version to the
             next. Each of the `deltas` has memory for so many; a longer one is not kept.
+        hold_s: For how many seconds the weights stay in memory after this process has ended without
+            closing the publication, so that a process that is started in its place can `adopt`
+            them. The tensors must be in arenas; see `arena_of`. It makes digests unless `digests`
+            says otherwise. 0: they go with the process.
         on_state: Called with each change of the registration's state and its reason, from another
             thread.
 
@@ -210,6 +214,7 @@ class PublishOptions:
     snapshots: Snapshots | int | None = None
     deltas: int = 0
     changed: float = 0.05
+    hold_s: float = 0.0
     on_state: OnState | None = None
 
     def __post_init__(self) -> None:
@@ -242,6 +247,13 @@ class PublishOptions:
                 "`deltas` are of loads into the tensors, and readers have snapshots of these",
                 "say `Snapshots(deltas=…)`",
                 field="deltas",
+            )
+        _set(self, "hold_s", seconds("hold_s", self.hold_s, most=MAX_TTL_S))
+        if self.hold_s and snapshots is not None:
+            raise InvalidField(
+                "`hold_s` is for readers of the tensors, and they have snapshots of these",
+                "leave out one of the two",
+                field="hold_s",
             )
         _check(self, "on_state", callable, "a function that takes a state and a reason")
 

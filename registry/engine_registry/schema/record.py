@@ -41,6 +41,7 @@ _TEXTS = (
     "kept_by",
     "unresponsive_since",
     "ended",
+    "held_until",
 )
 _texts_of = attrgetter(*_TEXTS)
 _CONTENT = re.compile(r"[0-9a-f]{32}")
@@ -212,7 +213,9 @@ class RankRecord:
     kept_by: str = ""
     # UTC, ISO 8601: since when the rank's process has not answered its keeper; empty while it does
     unresponsive_since: str = ""
-    ended: str = ""  # why the registration is over; the key follows at once
+    ended: str = ""  # why the registration is over; the key follows at once, unless it is held
+    # UTC, ISO 8601: until when the keeper of a rank whose process has ended keeps its memory
+    held_until: str = ""
     eviction: Eviction | None = None  # who has ended it, if it was evicted
     labels: Mapping[str, str] = field(default_factory=dict)
     order: int = field(default=0, compare=False)
@@ -245,6 +248,11 @@ class RankRecord:
             check_kind("retained", one, Retained)
         for name, kind in _KINDS.items():
             check_kind(name, getattr(self, name), kind)
+
+    @property
+    def held(self) -> bool:
+        """Whether its process has ended, and its keeper keeps the memory for another one."""
+        return bool(self.ended and self.held_until)
 
     @property
     def key(self) -> str:

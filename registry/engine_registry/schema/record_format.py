@@ -109,6 +109,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     kept_by: str | UnsetType = UNSET
     unresponsive_since: str | UnsetType = UNSET
     ended: str | UnsetType = UNSET
+    held_until: str | UnsetType = UNSET
     labels: dict[str, Any] | UnsetType = UNSET
     eviction: _Eviction | UnsetType = UNSET
     order: Natural | UnsetType = UNSET
@@ -166,6 +167,7 @@ def encode(record: RankRecord) -> bytes:
         kept_by=record.kept_by or UNSET,
         unresponsive_since=record.unresponsive_since or UNSET,
         ended=record.ended or UNSET,
+        held_until=record.held_until or UNSET,
         labels=dict(record.labels) or UNSET,
         eviction=_Eviction(eviction.by, eviction.at, eviction.reason) if eviction else UNSET,
         order=record.order or UNSET,
@@ -260,6 +262,7 @@ def _record(stored: _Record, mod_revision: int, create_revision: int) -> RankRec
         kept_by=stored.kept_by or "",
         unresponsive_since=stored.unresponsive_since or "",
         ended=stored.ended or "",
+        held_until=stored.held_until or "",
         labels=stored.labels or {},
         eviction=Eviction(eviction.by, eviction.at, eviction.reason) if eviction else None,
         order=stored.order or 0,

@@ -32,12 +32,15 @@ class RankUpdated:
 class RankLost:
     """`record` is the last one. `reason` is why: withdrawn, process ended, evicted, its source was
     evicted, lease expired or key deleted, replaced by another process, record damaged. `eviction`
-    is who evicted it, from where and why, where that is known.
+    is who evicted it, from where and why, where that is known. `held_until` is a time in UTC, until
+    which the rank's keeper keeps its memory for a process that takes its place; empty where it does
+    not.
     """
 
     record: RankRecord
     reason: str
     eviction: Eviction | None = None
+    held_until: str = ""
 
 
 @dataclass(frozen=True)

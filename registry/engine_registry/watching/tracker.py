@@ -144,7 +144,9 @@ class Tracker:
             return self._lose(roster, rank, "record damaged") if known else []
         roster.damaged.pop(item.key, None)
         if record.ended:
-            return self._lose(roster, rank, record.ended, record.eviction) if known else []
+            if known is None:
+                return []
+            return self._lose(roster, rank, record.ended, record.eviction, record.held_until)
         self._doubtful.pop(item.key, None)
         roster.put(record)
         if known is None:
@@ -154,13 +156,18 @@ class Tracker:
         return [RankUpdated(record, known)] if known != record else []
 
     def _lose(
-        self, roster: Roster, rank: int, reason: str, eviction: Eviction | None = None
+        self,
+        roster: Roster,
+        rank: int,
+        reason: str,
+        eviction: Eviction | None = None,
+        held_until: str = "",
     ) -> list[Event]:
         record = roster.remove(rank)
         if record is None:
             return []
         self._doubtful.pop(record.key, None)
-        return [RankLost(record, reason, eviction)]
+        return [RankLost(record, reason, eviction, held_until)]
 
     def _report(self, instances: set[str]) -> list[Event]:
         """The states of the instances that differ from those that were reported last."""
