@@ -58,6 +58,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "on_state": print,
     "deltas": 3,
     "changed": 0.5,
+    "hold_s": 60.0,
 }
 
 
