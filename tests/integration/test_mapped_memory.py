@@ -428,26 +428,43 @@ def test_a_host_that_is_none_of_this_machine_is_refused_with_nothing_left() -> N
 
 
 FORKS = """
-import os, sys, time
+import os, socket, sys, time
 from engine_loader.engines.cuda_ipc.link import Listener
 
+accept = socket.socket.accept
+
+def slow_accept(listener):
+    accepted = accept(listener)
+    print("accepted", flush=True)
+    time.sleep(0.2)
+    return accepted
+
+if sys.argv[1] == "accepts":
+    socket.socket.accept = slow_accept
 listener = Listener("127.0.0.1")
 print(listener.session_id, flush=True)
 sys.stdin.readline()
-print(os.fork(), flush=True)
+if child := os.fork():
+    print(child, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_child_of_the_source_does_not_keep_its_connections() -> None:
+@pytest.mark.parametrize("meanwhile", ["rests", "accepts"])
+def test_a_child_of_the_source_does_not_keep_its_connections(meanwhile: str) -> None:
     """As a worker that loads data is, which is forked and outlives it for a moment."""
     with subprocess.Popen(
-        [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", FORKS, meanwhile],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as source:
         assert source.stdin is not None
         assert source.stdout is not None
         session_id = source.stdout.readline().strip()
         with closing(dial.dial(session_id, lambda: False)) as connection:
+            if meanwhile == "accepts":
+                assert source.stdout.readline() == "accepted\n"
             source.stdin.write("fork\n")
             source.stdin.flush()
             child = int(source.stdout.readline())

@@ -1,4 +1,7 @@
-"""Connections between engines over TCP: to listen for them, and to make one."""
+"""Connections between engines over TCP: to listen for them, to accept one, and to make one.
+
+A forked child has none of them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import ExitStack, suppress
 
 from engine_loader.errors import EngineUnavailable, ReadFailed
 from engine_registry.errors import InvalidField
+from engine_registry.forks import closed_in_child, prevented
 from engine_registry.schema.address import parse_session
 
 _LIMIT_S = 10.0  # of making a connection
@@ -23,7 +27,7 @@ def listening(host: str) -> socket.socket:
             host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with ExitStack() as undo:
-            listener = undo.enter_context(socket.socket(family, kind, number))
+            listener = undo.enter_context(_socket(family, kind, number))
             listener.bind(address)
             listener.listen(4096)
             undo.pop_all()
@@ -32,6 +36,12 @@ def listening(host: str) -> socket.socket:
             f"nothing can listen at {host} ({exc})", "give an address of this machine"
         ) from exc
     return listener
+
+
+def accept(listener: socket.socket) -> socket.socket:
+    """The next connection that waits. BlockingIOError where none does; OSError."""
+    with prevented():
+        return closed_in_child(listener.accept()[0], socket.socket.close)
 
 
 def dial(session_id: str, given_up: Callable[[], bool]) -> socket.socket:
@@ -45,7 +55,7 @@ def dial(session_id: str, given_up: Callable[[], bool]) -> socket.socket:
         ]
     except (InvalidField, OSError, UnicodeError) as exc:
         raise failed(session_id, "that is no host:port") from exc
-    connection = socket.socket(family, kind, number)
+    connection = _socket(family, kind, number)
     try:
         connection.setblocking(False)
         until = time.monotonic() + _LIMIT_S
@@ -71,3 +81,8 @@ def dial(session_id: str, given_up: Callable[[], bool]) -> socket.socket:
 
 def failed(session_id: str, why: str) -> ReadFailed:
     return ReadFailed(f"cannot read from {session_id}: {why}", session_id=session_id)
+
+
+def _socket(family: int, kind: int, number: int) -> socket.socket:
+    with prevented():
+        return closed_in_child(socket.socket(family, kind, number), socket.socket.close)

@@ -22,13 +22,13 @@ import secrets
 import socket
 import struct
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.descriptors import explain, out_of_descriptors
+from engine_registry.forks import closed_in_child, prevented
 from engine_registry.lifetime import Closable
 
 PLACE_NBYTES = 32
@@ -77,7 +77,8 @@ class Descriptors(Closable):
         self.place = place
         self._fds = list(fds)
         self._lock = threading.Lock()
-        _OPEN.add(self)
+        with prevented():
+            closed_in_child(self, Descriptors._close_in_child)
         self._mark_open()
 
     def __len__(self) -> int:
@@ -112,17 +113,6 @@ def closed_on_error(descriptors: Descriptors | None) -> Iterator[None]:
         if descriptors is not None:
             descriptors.close()
         raise
-
-
-_OPEN: weakref.WeakSet[Descriptors] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for descriptors in list(_OPEN):
-        descriptors._close_in_child()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 def fetch(place: DescriptorPlace, first: int, count: int) -> list[int]:

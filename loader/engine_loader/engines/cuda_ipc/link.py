@@ -7,15 +7,13 @@ it has mapped is to be let go, also of a process that is stopped or holds the GI
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
 import threading
 import time
-import weakref
 from contextlib import suppress
 
-from engine_loader.engines.dial import listening
+from engine_loader.engines.dial import accept, listening
 from engine_registry.schema.address import join
 
 _LOOK_S = 0.02
@@ -31,7 +29,6 @@ class Listener:
         listener = listening(host)
         self.session_id = join(host, listener.getsockname()[1])
         self._readers = _Readers(listener)
-        _OPEN.add(self._readers)
         threading.Thread(target=self._readers.run, name="readers' connections", daemon=True).start()
 
     def cut(self) -> None:
@@ -69,7 +66,7 @@ class _Readers:
         found: list[socket.socket] = []
         try:
             while True:
-                found.append(self._listener.accept()[0])
+                found.append(accept(self._listener))
         except BlockingIOError:
             return True
         except OSError:
@@ -88,27 +85,11 @@ class _Readers:
                 one.close()
             self._connections = []
 
-    def forget(self) -> None:
-        """In a forked child, which must not keep them open when the source has ended."""
-        for one in (self._listener, *self._connections):
-            one.close()
-
     def close(self) -> None:
         with suppress(OSError):  # wakes the thread
             self._listener.shutdown(socket.SHUT_RDWR)
         self._closed = True
         self.cut()
-
-
-_OPEN: weakref.WeakSet[_Readers] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for readers in list(_OPEN):
-        readers.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
 
 
 def ended(connection: socket.socket) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine_loader.errors import EngineUnavailable
+from engine_registry.forks import closed_in_child, prevented
 
 _LEAST_TOKEN = 16  # bytes
 VARIABLES = {
@@ -118,6 +119,11 @@ def secured(
     """
     if context is None:
         return connection
-    return context.wrap_socket(
-        connection, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
-    )
+    with prevented():
+        wrapped = context.wrap_socket(
+            connection,
+            server_side=host is None,
+            server_hostname=host,
+            do_handshake_on_connect=False,
+        )
+        return closed_in_child(wrapped, socket.socket.close)

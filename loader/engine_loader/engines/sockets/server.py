@@ -6,19 +6,17 @@ The threads wait in the kernel, and need the GIL for a moment of each answer onl
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import selectors
 import socket
 import ssl
 import threading
 import time
-import weakref
 from contextlib import suppress
 
 import numpy as np
 
-from engine_loader.engines.dial import listening
+from engine_loader.engines.dial import accept, listening
 from engine_loader.engines.sockets import wire
 from engine_loader.engines.sockets.credentials import SocketCredentials, secured
 from engine_loader.engines.sockets.memory import Pieces, pieces_of
@@ -54,7 +52,6 @@ class Server:
         self._connections: dict[_Connection, None] = {}  # the oldest first
         self._warned: dict[str, float] = {}  # when, by the host of a reader
         self._closed = False
-        _OPEN.add(self)
         threading.Thread(target=self._accept, name="accepts readers", daemon=True).start()
 
     def _accept(self) -> None:
@@ -64,7 +61,7 @@ class Server:
                 selector.select()
                 with suppress(BlockingIOError):
                     try:
-                        self._take(self._listener.accept()[0])
+                        self._take(accept(self._listener))
                     except BlockingIOError:
                         raise
                     except (OSError, RuntimeError):  # no descriptor is left, or no thread
@@ -125,10 +122,6 @@ class Server:
         log.warning(
             "a reader at %s is refused: %s", host, why, extra=fields("reader_refused", host=host)
         )
-
-    def _forget(self) -> None:
-        """In a forked child, which must not keep it open when the source has ended."""
-        self._listener.close()
 
 
 class _Connection:
@@ -231,14 +224,3 @@ class _Connection:
             with server._changed:
                 self.sending = None
                 server._changed.notify_all()
-
-
-_OPEN: weakref.WeakSet[Server] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for server in list(_OPEN):
-        server._forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

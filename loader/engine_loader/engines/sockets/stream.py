@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
 import ssl
 import threading
 import time
-import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -31,7 +29,6 @@ class Stream:
         self._cutting = threading.Lock()
         self._closed = False
         self._until = 0.0
-        _ALL.add(self)
 
     # -- words
 
@@ -139,21 +136,6 @@ class Stream:
             self._closed = True
             self._connection.close()
 
-    def _forget(self) -> None:
-        """In a forked child, which must neither keep the connection open nor cut it."""
-        self._connection.close()
-
 
 def _view(addr: int, nbytes: int) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(addr)).cast("B")
-
-
-_ALL: weakref.WeakSet[Stream] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for stream in list(_ALL):
-        stream._forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

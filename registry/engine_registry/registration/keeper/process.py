@@ -14,12 +14,12 @@ import select
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import IO
 
 from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.descriptors import check_left, explain
+from engine_registry.forks import closed_in_child, prevented
 from engine_registry.registration.descriptors import Descriptors
 from engine_registry.registration.keeper import descriptors
 from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameBuffer
@@ -83,7 +83,7 @@ class KeeperProcess:
         self.hung = False  # and was killed for it
         self._key = key
         self._frames = FrameBuffer()
-        with contextlib.ExitStack() as undo:
+        with prevented(), contextlib.ExitStack() as undo:
             try:
                 self._complaints = undo.enter_context(_scratch())
                 self._hands, theirs = descriptors.pair()
@@ -110,12 +110,12 @@ class KeeperProcess:
                     f"cannot start a keeper of {key} with {sys.executable}: {why}", remedy
                 ) from exc
             undo.pop_all()
-        self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
+            self._input, self._output = _pipe(self._process.stdin), _pipe(self._process.stdout)
+            closed_in_child(self, KeeperProcess._close_in_child)
         os.set_blocking(self._input.fileno(), False)
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._input, select.POLLOUT)
         self._readable.register(self._output, select.POLLIN)
-        _started.add(self)
         self.write(json.dumps(boot).encode() + b"\n", START_TIMEOUT_S)
 
     @property
@@ -170,7 +170,7 @@ class KeeperProcess:
         with contextlib.suppress(OSError):
             self._input.close()
 
-    def close_in_child(self) -> None:
+    def _close_in_child(self) -> None:
         """Closes the copies that a forked child has got: else a keeper would not see the end of a
         rank that becomes another program, as its pid stays and the child holds the pipe open.
         """
@@ -197,17 +197,6 @@ class KeeperProcess:
         complaint = lines[-1] if lines else "it said nothing"
         how = "did not answer and was killed" if self.hung else f"ended with code {code}"
         return KeeperFailed(f"the keeper of {self._key} (pid {self.pid}) {how}: {complaint}")
-
-
-_started: weakref.WeakSet[KeeperProcess] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for keeper in list(_started):
-        keeper.close_in_child()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _scratch() -> IO[bytes]:
