@@ -392,7 +392,7 @@ def test_where_no_thread_is_left_a_reader_is_sent_away_and_the_next_is_served(
             assert reader.ended
     finally:
         threading.stack_size(0)
-    assert connections_of(source) == 0
+    wait_until(lambda: connections_of(source) == 0)
     assert_it_serves(source)
 
 
