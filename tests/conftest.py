@@ -8,10 +8,18 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
 _STDERR = pytest.StashKey[int]()  # ours, also while that of a test is captured
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test enters in it is left when the test ends."""
+    with ExitStack() as stack:
+        yield stack
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,6 +28,7 @@ from tests.support import servers
 from tests.support.checkout import ROOT
 from tests.support.faults import DEBIAN_ETCD
 from tests.support.forked_keepers import ForkedKeepers
+from tests.support.offers import Offers
 
 _LAUNCH = keeper_process.launch
 _COMM = 15  # characters of a name that the system keeps
@@ -284,3 +285,14 @@ def events_until(
     finally:
         limit.cancel()
     raise AssertionError(f"not seen within {timeout_s} s; seen: {seen}")
+
+
+@pytest.fixture
+def offers(registry: Registry, new_engine: Callable[[], Engine], stack: ExitStack) -> Offers:
+    return Offers(registry, new_engine, stack)
+
+
+@pytest.fixture
+def here(registry: Registry, stack: ExitStack) -> Offers:
+    """With engines of this process."""
+    return Offers(registry, lambda: stack.enter_context(InProcessEngine()), stack)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -36,9 +36,8 @@ from engine_loader.transfer.pace import pace_for
 from engine_registry import ModelIdentity, RankRecord, Registry
 from engine_registry.watching.waiting import Wanted
 from tests.integration.conftest import Processes, line_of
-from tests.integration.test_load import Tensors
-from tests.integration.test_reuse import Offers, copy_of
 from tests.support.host_gpus import HostGpus
+from tests.support.offers import Offers, Tensors, copy_of
 from tests.support.processes.source import content
 
 MIB = 1 << 20
@@ -123,23 +122,6 @@ class Watched:
             self.came[peer] = self.came.get(peer, 0) + nbytes
             self._ended += peer not in self._sources
         return True
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def offers(registry: Registry, new_engine: Callable[[], Engine], stack: ExitStack) -> Offers:
-    return Offers(registry, new_engine, stack)
-
-
-@pytest.fixture
-def here(registry: Registry, stack: ExitStack) -> Offers:
-    """With engines of this process."""
-    return Offers(registry, lambda: stack.enter_context(InProcessEngine()), stack)
 
 
 def load_tuned(

@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
@@ -59,12 +59,6 @@ def start(processes: Processes, shared_etcd: LocalEtcd, namespace: str) -> Calla
         return Rank(processes.start(*args))
 
     return start
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def reader(stack: ExitStack) -> CudaIpcEngine:

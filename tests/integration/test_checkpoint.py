@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -57,12 +57,6 @@ from tests.support.processes.source import content, empty
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 StateDict = dict[str, Any]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

@@ -83,12 +83,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def offer(registry: Registry, stack: ExitStack) -> Callable[..., Publication]:
     def offer(tensors: dict[str, torch.Tensor], **options: Any) -> Publication:
         given = {

@@ -4,7 +4,7 @@ were where that fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,12 +33,6 @@ from tests.support.options import for_publish
 
 TINY = Config(vocabulary=60, positions=16, hidden=24, heads=4, inner=40, layers=2)
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

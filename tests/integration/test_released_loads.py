@@ -93,12 +93,6 @@ class Trainer:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def engine() -> Iterator[Engine]:
     with InProcessEngine() as engine:
         yield engine

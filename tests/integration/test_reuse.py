@@ -5,7 +5,6 @@ done to the tensors, and nothing counts that the source of a table took back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,33 +14,27 @@ from safetensors.torch import load_file, save_file
 
 from engine_loader import (
     CudaIpcEngine,
-    Engine,
     InProcessEngine,
     LoadOptions,
     LoadReport,
     Pace,
-    Publication,
     Replica,
     Shard,
-    load,
     load_or_seed,
-    publish,
 )
 from engine_loader.digests.table import DigestCell
 from engine_loader.errors import Cancelled, DigestMismatch
 from engine_loader.publishing import offering
-from engine_registry import ModelIdentity, Registry
-from engine_registry.watching.waiting import Wanted
+from engine_registry import Registry
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_failover import at_half
-from tests.integration.test_load import Tensors, assert_equal
+from tests.integration.test_load import assert_equal
 from tests.support.engines import Interrupted, Meeting
 from tests.support.host_gpus import HostGpus
-from tests.support.options import for_load, for_publish
+from tests.support.offers import MODEL, Offers, Tensors, copy_of
 from tests.support.processes.source import content
 
 MIB = 1 << 20
-MODEL = ModelIdentity("m")
 
 
 def weights(seed: int = 0) -> Tensors:
@@ -55,67 +48,9 @@ def weights(seed: int = 0) -> Tensors:
     return {**layers, **{f"norm.{number}": some(100) for number in range(3)}}
 
 
-def copy_of(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
 NBYTES = sum(tensor.nbytes for tensor in weights().values())
 # of the table: of each tensor, and of each block of the layers
 TABLE_NBYTES = 16 * (6 + 3 * 4)
-
-
-class Offers:
-    def __init__(
-        self, registry: Registry, new_engine: Callable[[], Engine], stack: ExitStack
-    ) -> None:
-        self.registry = registry
-        self.new_engine = new_engine
-        self._stack = stack
-
-    def __call__(
-        self, tensors: Tensors, instance: str = "a", engine: Engine | None = None, **fields: object
-    ) -> Publication:
-        given = {
-            "instance": instance,
-            "rank": 0,
-            "world_size": 1,
-            "model": MODEL,
-            "digests": True,
-            **fields,
-        }
-        engine = engine or self.new_engine()
-        return self._stack.enter_context(
-            publish(self.registry, engine, tensors=tensors, **for_publish(given))
-        )
-
-    def load(
-        self,
-        tensors: Tensors,
-        engine: Engine | None = None,
-        source: Wanted = "a",
-        **fields: object,
-    ) -> LoadReport:
-        given = {"rank": 0, "reuse": True, **fields}
-        engine = engine or self.new_engine()
-        report: LoadReport = load(self.registry, engine, source, tensors=tensors, **for_load(given))
-        return report
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def offers(registry: Registry, new_engine: Callable[[], Engine], stack: ExitStack) -> Offers:
-    return Offers(registry, new_engine, stack)
-
-
-@pytest.fixture
-def here(registry: Registry, stack: ExitStack) -> Offers:
-    """With engines of this process."""
-    return Offers(registry, lambda: stack.enter_context(InProcessEngine()), stack)
 
 
 def came(report: LoadReport) -> int:

@@ -4,7 +4,7 @@ hold the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,12 +38,6 @@ from tests.support.host_gpus import HostGpus
 from tests.support.launches import Origin as LaunchOrigin
 from tests.support.launches import origins, the_origin, words
 from tests.support.options import for_publish
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def offer(

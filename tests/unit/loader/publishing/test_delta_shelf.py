@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -65,12 +64,6 @@ class Shelf:
 
 def bytes_of(some: list[KeptDelta]) -> set[tuple[str, bytes]]:
     return {(one.header.after, bytes(one.data)) for one in some}
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 def test_deltas_are_kept_as_they_came_until_their_places_are_needed(stack: ExitStack) -> None:

@@ -5,7 +5,7 @@ reported before it is read.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import cast
@@ -261,12 +261,6 @@ class Reading:
     def fill(self, name: str) -> None:
         """Otherwise than by reads."""
         self.ours[name].copy_(self.theirs[name])
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture
