@@ -77,12 +77,22 @@ def check_siblings(etcd: Etcd, record: RankRecord, seen: Snapshot) -> Guard:
                 f"rank {record.rank} of {record.instance!r} has {field} {ours!r}, but rank "
                 f"{sibling.rank} is registered "
                 f"with {theirs[field]!r} ({sibling.holder}): all ranks of an instance must agree",
+                _how_to_agree(field),
                 field=field,
                 ours=ours,
                 theirs=theirs[field],
                 sibling=sibling.rank,
             )
     return unchanged(found)
+
+
+def _how_to_agree(field: str) -> str:
+    if field == "generation":  # what remains of another launch, or two that have one name
+        return (
+            "wait until the ranks of the other launch have ended, end their registrations with "
+            "`Registry.evict`, or choose another name for this instance"
+        )
+    return f"give all ranks the same {field}, or choose another name for this instance"
 
 
 def _first_alive(seen: Snapshot, record: RankRecord) -> KeyValue | None:

@@ -336,6 +336,8 @@ def test_a_rank_that_disagrees_with_a_sibling_is_refused_with_both_values(
         f"rank 0 of 'qwen' has {field} {ours!r}, but rank 1 is registered with {theirs!r}"
         in str(caught.value)
     )
+    assert caught.value.remedy.endswith("or choose another name for this instance")
+    assert ("`Registry.evict`" in caught.value.remedy) == (field == "generation")
     assert etcd.get(OURS.key) is None
 
 
