@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     from engine_registry.pulls.watch import PullWatch as PullWatch
     from engine_registry.registration.handle import Registration as Registration
     from engine_registry.registration.handle import RegistrationState as RegistrationState
+    from engine_registry.registration.held import Kept as Kept
+    from engine_registry.registration.held import keepers_here as keepers_here
+    from engine_registry.registration.held import let_go as let_go
+    from engine_registry.registration.held import let_go_of_device as let_go_of_device
+    from engine_registry.registration.hold import Hold as Hold
     from engine_registry.schema.eviction import Eviction as Eviction
     from engine_registry.schema.location import Location as Location
     from engine_registry.schema.manifest import Manifest as Manifest
@@ -88,6 +93,7 @@ _MODULE_OF = {
     "Eviction": "schema.eviction",
     "GatewayFailed": "errors",
     "HistoryLost": "errors",
+    "Hold": "registration.hold",
     "HolderQuery": "holders.query",
     "HolderWatch": "holders.waiting",
     "Holders": "holders.query",
@@ -102,6 +108,7 @@ _MODULE_OF = {
     "InstanceStatus": "schema.status",
     "InvalidField": "errors",
     "KeeperFailed": "errors",
+    "Kept": "registration.held",
     "LeaseNotFound": "errors",
     "LocalEtcdFailed": "errors",
     "Location": "schema.location",
@@ -132,6 +139,9 @@ _MODULE_OF = {
     "TensorEntry": "schema.manifest",
     "VersionReleased": "watching.events",
     "Watch": "watching.watch",
+    "keepers_here": "registration.held",
+    "let_go": "registration.held",
+    "let_go_of_device": "registration.held",
     "new_incarnation": "schema.record",
 }
 

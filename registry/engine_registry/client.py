@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from engine_registry.errors import RecordDamaged
@@ -31,6 +32,7 @@ from engine_registry.registration.checks import how_to_delete
 from engine_registry.registration.descriptors import Descriptors, closed_on_error
 from engine_registry.registration.eviction import by_this_process, evict_each
 from engine_registry.registration.handle import OnState, Registration
+from engine_registry.registration.hold import Hold
 from engine_registry.registration.keeper.process import check_can_start
 from engine_registry.registration.manifests import (
     encode_manifest,
@@ -43,6 +45,7 @@ from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
     evicted_key,
+    instance_prefix,
     record_key,
 )
 from engine_registry.schema.keyvalue import Snapshot
@@ -195,6 +198,7 @@ class Registry(Closable):
         unresponsive_after_s: float = UNRESPONSIVE_AFTER_S,
         on_state: OnState | None = None,
         descriptors: Descriptors | None = None,
+        hold: Hold | None = None,
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; the
         default is one that no other rank has. `labels` are names and values in the syntax of
@@ -212,6 +216,10 @@ class Registry(Closable):
         the same user and host that know the place, also while this process is stopped. They belong
         to the registration from then on, also where this raises: it closes them at its end, and the
         keeper closes its own. KeeperFailed where the keeper cannot hold as many.
+
+        With `hold`, the keeper holds the `descriptors` for a while if this process ends without
+        leaving the registry, and the record is ready then: see `RankRecord.held`. Another process
+        of the same user and host can take them, or any process the rank.
 
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and may get CLOSED after `withdraw` has returned.
@@ -249,8 +257,34 @@ class Registry(Closable):
                 labels=labels or {},
             )
         return Registration(
-            self._config, record, parts, ttl_s, unresponsive_after_s, on_state, descriptors
+            self._config, record, parts, ttl_s, unresponsive_after_s, on_state, descriptors, hold
         )
+
+    def held(self, instance: str, rank: int | None = None) -> tuple[RankRecord, ...]:
+        """The records of the instance's ranks whose processes have ended, and whose keepers hold
+        their memory; or of this rank, if it is held.
+
+        A damaged record is left out.
+        """
+        check_instance(instance)
+        prefix = record_key(instance, rank) if rank is not None else instance_prefix(instance)
+        held = []
+        for item in self._etcd.snapshot(prefix, exact=rank is not None).items:
+            with suppress(RecordDamaged):
+                held.append(decode_item(item))
+        return tuple(record for record in held if record.held)
+
+    def let_go_of_held(
+        self, instance: str, rank: int | None = None, reason: str = ""
+    ) -> tuple[RankRecord, ...]:
+        """Ends what `held` returns, on whatever host: the keepers let the memory go as soon as they
+        hear of it. Returns the records that were ended, and leaves alone what has changed since it
+        was read, as where another process has taken the rank.
+
+        The `reason` and the errors are as for `evict`.
+        """
+        held = self.held(instance, rank)
+        return tuple(itertools.compress(held, self.evict_each(held, reason)))
 
     def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
         """All instances by name. What cannot be read is among their problems, never an error.

@@ -27,8 +27,9 @@ from engine_registry.registration.descriptors import (
     Descriptors,
     fetch,
 )
-from engine_registry.registration.keeper import descriptors as keeping
-from engine_registry.registration.keeper.descriptors import Desk, pair, pass_on
+from engine_registry.registration.keeper import desk as keeping
+from engine_registry.registration.keeper.desk import Desk
+from engine_registry.registration.keeper.passing import pair, pass_on
 from tests.integration.conftest import Processes
 from tests.support.keepers import pid_of_keeper
 from tests.support.ranks import MANIFEST, register
@@ -558,7 +559,7 @@ import os, resource, sys
 from tests.integration.test_descriptors import ExitStack, Kept, some
 from engine_registry.errors import KeeperFailed
 from engine_registry.registration.descriptors import fetch
-from engine_registry.registration.keeper.descriptors import pass_on
+from engine_registry.registration.keeper.passing import pass_on
 
 with ExitStack() as stack:
     kept = Kept(stack, 1)

@@ -45,7 +45,8 @@ def check_holder(
         found = decode_item(holder)
     except RecordDamaged as exc:
         raise RankConflict(exc.what, how_to_delete(etcd, record.key, exc), key=record.key) from exc
-    if found.incarnation not in expected and not found.ended:
+    # one that is held gives way to whoever has come since, also where that one has ended by now
+    if found.incarnation not in expected and (record.ended or not found.ended):
         raise RankConflict(
             f"rank {record.rank} of {record.instance!r} is already registered ({found.holder})",
             "stop that process, choose another rank, or end its registration with `Registry.evict`",

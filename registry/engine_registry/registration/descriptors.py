@@ -2,7 +2,7 @@
 
 A descriptor keeps the memory that it stands for, and any process that has it can map that memory.
 The keeper hands them out, not the rank: so they can be had while the rank is stopped, holds the
-GIL, or has just died. `keeper.descriptors` is the keeper's side.
+GIL, or has just died. `keeper.desk` is the keeper's side.
 
 A process asks at an abstract unix socket, with packets of SOCK_SEQPACKET:
 
@@ -36,11 +36,11 @@ MOST_AT_ONCE = 128  # the kernel takes 253 in one packet
 REQUEST = struct.Struct("<4s16sII")
 MAGIC = b"ERD1"
 OWNER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
-_REFUSED = (
+REFUSED = (
     "the keeper does not hand out these descriptors: it is the keeper of another registration, or "
-    "of another user"
+    "of another user, or has let them go"
 )
-_PATIENCE_S = 5.0  # with a keeper; the machine may have too much to do
+PATIENCE_S = 5.0  # with a keeper; the machine may have too much to do
 
 
 class DescriptorPlace(NamedTuple):
@@ -64,7 +64,12 @@ class DescriptorPlace(NamedTuple):
     @property
     def address(self) -> bytes:
         """Of the socket, which no file stands for."""
-        return b"\0engine-registry/" + self.name.hex().encode()
+        return address_of(self.name)
+
+
+def address_of(name: bytes) -> bytes:
+    """Of the socket of the keeper that has this name."""
+    return b"\0engine-registry/" + name.hex().encode()
 
 
 class Descriptors(Closable):
@@ -124,24 +129,38 @@ def fetch(place: DescriptorPlace, first: int, count: int) -> list[int]:
     """
     found: list[int] = []
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as keeper:
-            keeper.settimeout(_PATIENCE_S)
-            keeper.connect(place.address)
-            if owner_of(keeper) != os.geteuid():
-                raise KeeperFailed("a process of another user is where a keeper should be")
+        with said_as_ours(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as keeper:
+            call(keeper, place.name)
             while len(found) < count:
                 wanted = min(count - len(found), MOST_AT_ONCE)
                 keeper.send(REQUEST.pack(MAGIC, place.secret, first + len(found), wanted))
                 answer, fds = receive_fds(keeper, wanted)
                 found += fds
                 if answer != b"+" or len(fds) != wanted:
-                    raise KeeperFailed(_REFUSED)
-    except BaseException as exc:
+                    raise KeeperFailed(REFUSED)
+    except BaseException:
         close_all(found)
-        if not isinstance(exc, OSError):
-            raise
-        raise _failed(exc) from exc
+        raise
     return found
+
+
+def call(keeper: socket.socket, name: bytes, patience_s: float = PATIENCE_S) -> None:
+    """Connects the socket to the keeper of this name. OSError, or KeeperFailed where a process of
+    another user is there.
+    """
+    keeper.settimeout(patience_s)
+    keeper.connect(address_of(name))
+    if owner_of(keeper) != os.geteuid():
+        raise KeeperFailed("a process of another user is where a keeper should be")
+
+
+@contextmanager
+def said_as_ours() -> Iterator[None]:
+    """An OSError of a socket to a keeper becomes KeeperFailed."""
+    try:
+        yield
+    except OSError as exc:
+        raise _failed(exc) from exc
 
 
 def _failed(exc: OSError) -> KeeperFailed:
@@ -150,7 +169,7 @@ def _failed(exc: OSError) -> KeeperFailed:
             "the keeper that hands out the memory has ended, or another one will take its place"
         )
     if isinstance(exc, ConnectionResetError | BrokenPipeError):
-        return KeeperFailed(_REFUSED)
+        return KeeperFailed(REFUSED)
     if isinstance(exc, TimeoutError):
         return KeeperFailed("the keeper that hands out the memory does not answer")
     why, remedy = explain(exc)
@@ -159,9 +178,14 @@ def _failed(exc: OSError) -> KeeperFailed:
 
 def owner_of(connection: socket.socket) -> int:
     """The user of the process at the other end."""
+    return peer_of(connection)[1]
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """The process at the other end, or 0 where it is in another namespace; and its user."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, OWNER.size)
-    _, uid, _ = OWNER.unpack(packed)
-    return int(uid)
+    pid, uid, _ = OWNER.unpack(packed)
+    return int(pid), int(uid)
 
 
 def send_fds(to: socket.socket, fds: Sequence[int]) -> None:

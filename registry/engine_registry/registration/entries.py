@@ -13,7 +13,7 @@ from engine_registry.schema.record_format import decode_item
 
 def moved_entries(before: KeyValue | None, record: RankRecord, lease_id: int) -> list[Put | Delete]:
     """The record's entries in the index, and the end of those that what stood there has had."""
-    keys = holder_keys(record)
+    keys = _keys_of(record)
     former = {delete.key: delete for delete in entry_deletions(before)} if before else {}
     same_lease = before is not None and before.lease_id == lease_id
     stay = {key for key in keys if same_lease and key in former}
@@ -26,6 +26,11 @@ def moved_entries(before: KeyValue | None, record: RankRecord, lease_id: int) ->
 def entry_deletions(held: KeyValue) -> list[Delete]:
     """Of all entries of the record that stands there; none where it is damaged."""
     try:
-        return [Delete(key) for key in holder_keys(decode_item(held))]
+        return [Delete(key) for key in _keys_of(decode_item(held))]
     except RecordDamaged:
         return []
+
+
+def _keys_of(record: RankRecord) -> list[str]:
+    """None where its process has ended, and its memory is held."""
+    return [] if record.held else holder_keys(record)

@@ -22,6 +22,7 @@ from engine_registry.etcd.config import EtcdConfig
 from engine_registry.lifetime import Closable
 from engine_registry.registration.callback import Callback
 from engine_registry.registration.descriptors import Descriptors, closed_on_error
+from engine_registry.registration.hold import Hold
 from engine_registry.registration.keeper.link import KeeperLink
 from engine_registry.registration.manifests import encode_manifest
 from engine_registry.registration.writes import WITHDRAWN
@@ -65,6 +66,7 @@ class Registration(Closable):
         unresponsive_after_s: float,
         on_state: OnState | None = None,
         descriptors: Descriptors | None = None,
+        hold: Hold | None = None,
     ) -> None:
         """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left
         nothing behind. `descriptors` are its own from then on.
@@ -88,7 +90,7 @@ class Registration(Closable):
         # The link must not keep a forgotten handle alive: it would hold the rank for ever.
         news = weakref.WeakMethod(self._receive)
         self._link = KeeperLink(
-            config, record, parts, ttl_s, unresponsive_after_s, news, descriptors
+            config, record, parts, ttl_s, unresponsive_after_s, news, descriptors, hold
         )
         try:
             uninterrupted(self._open, f"registers {record.key}")

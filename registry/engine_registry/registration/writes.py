@@ -220,8 +220,8 @@ def remove(etcd: Etcd, record: RankRecord, reason: str) -> None:
 
 
 def ended(held: KeyValue, reason: str, eviction: Eviction | None = None) -> Put:
-    """Says in the record that it has ended, and why."""
-    record = replace(decode_item(held), ended=reason, eviction=eviction)
+    """Says in the record that it has ended, and why, and is no longer held."""
+    record = replace(decode_item(held), ended=reason, eviction=eviction, held_until="")
     return Put(held.key, encode(record), None)
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 
-from engine_registry.registration.keeper.descriptors import Desk
+from engine_registry.registration.keeper.desk import Desk
 
 
 def main(number: str) -> None:

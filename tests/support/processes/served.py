@@ -28,7 +28,7 @@ from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.engines.sockets.engine import SocketEngine
 from engine_registry import Region
 from engine_registry.registration.descriptors import Descriptors
-from engine_registry.registration.keeper.descriptors import pair, pass_on
+from engine_registry.registration.keeper.passing import pair, pass_on
 from engine_registry.schema.manifest import Export
 from tests.support.host_gpus import HostGpus
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from engine_registry.errors import (
     EtcdError,
+    EtcdRefused,
     Evicted,
     LeaseNotFound,
     RecordDamaged,
@@ -27,7 +28,7 @@ from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import FORMER_KEPT, beat_s
-from engine_registry.registration.writes import amend, claim, end, remove
+from engine_registry.registration.writes import DIED, amend, claim, end, remove
 from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import KeyValue
@@ -139,6 +140,11 @@ class Keeper:
         return self._record.order
 
     @property
+    def record(self) -> RankRecord:
+        """As the rank wants it to be in etcd."""
+        return self._record
+
+    @property
     def suspended(self) -> bool:
         """etcd could not be reached at the last try."""
         return self._suspended
@@ -158,6 +164,10 @@ class Keeper:
             return False
         self.change(replace(self._record, unresponsive_since=unresponsive_since))
         return True
+
+    def hold(self, until: str) -> None:
+        """The rank's process has ended, and its memory is held. The next beat writes that."""
+        self.change(replace(self._record, ended=DIED, held_until=until, unresponsive_since=""))
 
     def end(self, reason: str) -> None:
         """Deletes the registration; EtcdError if that must be tried again."""
@@ -218,7 +228,7 @@ class Keeper:
                 self._lose(
                     Superseded(f"{key} now belongs to another process ({found.holder})", key=key)
                 )
-            if found.ended:
+            if found.ended and not found.held:  # which an eviction has put an end to
                 self._lose(self._evicted())
             if item.value == encode(self._record) and item.lease_id == lease_id:
                 self._written(item)  # the answer to a write was lost
@@ -261,7 +271,14 @@ class Keeper:
             )
 
     def _amend(self, held: KeyValue) -> None:
-        amended = amend(self._etcd, self._record, held, self._parts if self._moved else ())
+        parts = self._parts if self._moved else ()
+        try:
+            amended = amend(self._etcd, self._record, held, parts)
+        except EtcdRefused:
+            if self._record.ended:  # nobody may take a rank that has ended for one that lives
+                self._etcd.revoke(held.lease_id)
+                self._held = None
+            raise
         if amended is None:
             # raises if another process was faster; else the answer to a write of ours was lost
             self._renew(held, is_doubtful=True)

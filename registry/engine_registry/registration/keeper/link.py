@@ -21,6 +21,7 @@ from engine_registry.errors import KeeperFailed, RegistryError, from_wire
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.config import EtcdConfig
 from engine_registry.registration.descriptors import Descriptors, closed_on_error
+from engine_registry.registration.hold import Hold
 from engine_registry.registration.keeper.pending import Message, Pending
 from engine_registry.registration.keeper.process import START_TIMEOUT_S, KeeperProcess
 from engine_registry.registration.keeper.protocol import ANSWER_S, FORMER_KEPT, beat_s, encode_frame
@@ -49,16 +50,19 @@ class KeeperLink:
         unresponsive_after_s: float,
         news: Callable[[], OnNews | None],
         descriptors: Descriptors | None = None,
+        hold: Hold | None = None,
     ) -> None:
         """`news` is a weak reference: when its referent is gone, the registration ends.
 
         `descriptors` are those of the manifest, which the keeper hands out. They are closed when
-        the registration is over, or another manifest takes the place of theirs.
+        the registration is over, or another manifest takes the place of theirs. `hold` says what
+        the keeper does with them when this process has ended.
         """
         self.record = record
         self._config = config
         self._parts = tuple(parts)
         self._descriptors = descriptors
+        self._hold = hold
         # Earlier incarnations of the rank: the record in etcd may still have one of them.
         self._former: list[str] = []
         self._ttl_s = ttl_s
@@ -210,16 +214,26 @@ class KeeperLink:
             "ttl_s": self._ttl_s,
             "unresponsive_after_s": self._unresponsive_after_s,
             "again": again,
+            "hold": self._hold.to_wire() if self._hold is not None else None,
         }
 
     def _change(self, record: RankRecord) -> Message:
-        return {"op": "update", "key": record.key, "incarnation": record.incarnation}
+        return {
+            "op": "update",
+            "key": record.key,
+            "incarnation": record.incarnation,
+            "place": _place(self._descriptors),
+        }
 
     def _start(self, opening: Message) -> None:
         """Needs no lock while the process starts: until the end nobody else knows of it."""
         with self._lock:
             record, parts, descriptors = self.record, self._parts, self._descriptors
-            opening = {**opening, "former": list(self._former)}
+            opening = {
+                **opening,
+                "former": list(self._former),
+                "place": _place(descriptors),
+            }
         frame = encode_frame(opening, (encode(record), *parts))
         keeper = KeeperProcess(record.key, self._config.password)
         try:
@@ -388,6 +402,11 @@ class KeeperLink:
             metrics.REREGISTRATIONS.inc(amount=new)
             self._claims_again = claims
         return new > 0
+
+
+def _place(descriptors: Descriptors | None) -> str:
+    """The name of the place where the keeper hands them out."""
+    return descriptors.place.name.hex() if descriptors is not None else ""
 
 
 def _raise_error(answer: Message) -> None:

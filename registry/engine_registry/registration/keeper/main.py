@@ -6,6 +6,8 @@ by the milliseconds that it takes to delete the rank's keys. Its threads: one th
 messages (the pipe's end means that the rank has died), one that waits on the rank's process (a
 forked child may hold the pipe open), one that hears of changes of the key, one that hands out
 descriptors of the rank's memory, and the main one, which alone asks etcd.
+
+Where the rank wanted that its memory is held, the keeper stays until that is over.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from engine_registry.errors import EtcdError, EtcdUnavailable, RegistrationLost,
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig
-from engine_registry.registration.keeper.descriptors import Desk
+from engine_registry.registration.hold import Hold
+from engine_registry.registration.keeper.desk import Desk
 from engine_registry.registration.keeper.holder import Keeper, Report
+from engine_registry.registration.keeper.holding import LET_GO, Memory
 from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import (
     CALL_TIMEOUT_S,
+    SETTLE_S,
     Frame,
     encode_frame,
     read_frame,
@@ -50,9 +55,8 @@ T = TypeVar("T")
 # stand for as long. After a longer outage than this that lease is the bound: keepers whose etcd is
 # gone for good must end some time.
 _END_FOR_S = 300.0
-# From a change of the key to the look at it: an eviction marks many records in one transaction, and
-# deletes them in another, which fails where a keeper has been faster.
-_SETTLE_S = 0.1
+# Of the rank's last messages, after its end: a child that holds the pipe open keeps it from ending.
+_DRAIN_S = 1.0
 
 
 class _ReportingEtcd(Etcd):
@@ -74,13 +78,13 @@ def serve(
     inbox: queue.Queue[Frame | None],
     report: Report,
     unresponsive_after_s: float,
-    let_go: Callable[[], None] = lambda: None,
+    memory: Memory | None = None,
 ) -> None:
     """Obeys the rank until it withdraws, dies (None in the inbox) or loses the registration.
 
     Each beat asks the rank for an answer, as it reports the state. A rank that gives none for
-    `unresponsive_after_s` is marked in its record, until it says something. `let_go` is called when
-    it takes its memory back.
+    `unresponsive_after_s` is marked in its record, until it says something. The `memory` of one
+    that has died may be held for a while.
     """
     due = time.monotonic() + keeper.due_s
     silence = Silence(unresponsive_after_s)
@@ -90,7 +94,7 @@ def serve(
         try:
             if op == "changed":
                 if not keeper.is_quiet():
-                    due = min(due, time.monotonic() + _SETTLE_S)
+                    due = min(due, time.monotonic() + SETTLE_S)
             elif op == "answer":
                 if keeper.mark(""):
                     due = time.monotonic()
@@ -101,16 +105,14 @@ def serve(
                 due = time.monotonic() + keeper.beat()
                 silence.ask()
             elif op == "update" and frame:
-                keeper.change(record_from_wire(frame), frame.payloads[1:])
+                _change(keeper, frame, memory)
                 if (
                     not keeper.suspended
                 ):  # else the rank need not wait: the beat that finds etcd back writes it
                     due = time.monotonic() + keeper.beat()
                 report({"reply": frame.message["seq"], "written": not keeper.suspended})
             else:
-                if frame:  # one that has died does not need its memory back
-                    let_go()
-                _end(keeper, frame, report)
+                _leave(keeper, frame, inbox, report, memory)
                 return
         except RegistrationLost as exc:
             report({"state": "LOST", "error": exc.to_wire()})
@@ -128,6 +130,26 @@ def _next(inbox: queue.Queue[Frame | None], silence: Silence, beat_in_s: float) 
     if frame is None or frame.message["op"] != "changed":  # which etcd has said
         silence.end()
     return frame
+
+
+def _change(keeper: Keeper, frame: Frame, memory: Memory | None) -> None:
+    record = record_from_wire(frame)
+    keeper.change(record, frame.payloads[1:])
+    if memory is not None:
+        memory.describe(record, frame.message["place"])
+
+
+def _leave(
+    keeper: Keeper,
+    frame: Frame | None,
+    inbox: queue.Queue[Frame | None],
+    report: Report,
+    memory: Memory | None,
+) -> None:
+    """The rank does, by this message, or has died."""
+    if memory is not None:
+        memory.let_go() if frame else memory.hold(keeper, inbox)
+    _end(keeper, frame, report)
 
 
 def _end(keeper: Keeper, frame: Frame | None, report: Report) -> None:
@@ -167,22 +189,24 @@ def main(rank: int | None, descriptors: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # the rank decides when it ends; its end is what ends the keeper
         signal.signal(ignored, signal.SIG_IGN)
-    desk = Desk(socket.socket(fileno=descriptors))
+    inbox: queue.Queue[Frame | None] = queue.Queue()
+    desk = Desk(socket.socket(fileno=descriptors), lambda: inbox.put(LET_GO))
     desk.start()
     pipe, report = sys.stdin.buffer, reporter(sys.stdout.fileno())
     opening = read_frame(pipe)
     if opening is None:
         return
-    message = opening.message
-    inbox: queue.Queue[Frame | None] = queue.Queue()
-    threading.Thread(target=_read, args=(pipe, inbox), daemon=True).start()
+    message, record = opening.message, record_from_wire(opening)
+    memory = Memory(desk, Hold.from_wire(message["hold"]), record, message["place"])
+    reader = threading.Thread(target=_read, args=(pipe, inbox), daemon=True)
+    reader.start()
     if rank is not None:  # else the pipe alone has to show it
-        threading.Thread(target=_await_death, args=(rank, inbox), daemon=True).start()
+        threading.Thread(target=_await_death, args=(rank, inbox, reader), daemon=True).start()
     config = EtcdConfig.from_wire(message["etcd"])
     etcd = _ReportingEtcd(config, report)
     keeper = Keeper(
         etcd,
-        record_from_wire(opening),
+        record,
         opening.payloads[1:],
         message["ttl_s"],
         report,
@@ -201,7 +225,7 @@ def main(rank: int | None, descriptors: int) -> None:
     # The rank waited for its first claim for as long as it wants calls to take. From now on its
     # death must be noticed soon.
     etcd.config = replace(config, timeout_s=min(config.timeout_s, CALL_TIMEOUT_S))
-    serve(keeper, inbox, report, message["unresponsive_after_s"], desk.let_go)
+    serve(keeper, inbox, report, message["unresponsive_after_s"], memory)
 
 
 def reporter(pipe: int) -> Report:
@@ -245,8 +269,10 @@ def _read(pipe: IO[bytes], inbox: queue.Queue[Frame | None]) -> None:
         inbox.put(None)
 
 
-def _await_death(rank: int, inbox: queue.Queue[Frame | None]) -> None:
+def _await_death(rank: int, inbox: queue.Queue[Frame | None], reader: threading.Thread) -> None:
+    """What the rank has said before its end comes first."""
     poll = select.poll()
     poll.register(rank, select.POLLIN)
     poll.poll()
+    reader.join(_DRAIN_S)
     inbox.put(None)

@@ -21,7 +21,7 @@ from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.descriptors import check_left, explain
 from engine_registry.forks import closed_in_child, prevented
 from engine_registry.registration.descriptors import Descriptors
-from engine_registry.registration.keeper import descriptors
+from engine_registry.registration.keeper import passing
 from engine_registry.registration.keeper.protocol import ANSWER_S, Frame, FrameBuffer
 
 # The module search path comes through the pipe, so that the keeper finds what the rank found, and
@@ -86,7 +86,7 @@ class KeeperProcess:
         with prevented(), contextlib.ExitStack() as undo:
             try:
                 self._complaints = undo.enter_context(_scratch())
-                self._hands, theirs = descriptors.pair()
+                self._hands, theirs = passing.pair()
                 undo.callback(self._hands.close)
                 with theirs, _this_process() as rank:
                     self._process = launch(
@@ -146,7 +146,7 @@ class KeeperProcess:
 
         KeeperFailed where it cannot hold as many. That it has died is for `read` to find.
         """
-        if not descriptors.pass_on(self._hands, given, patience_s, LOOK_S):
+        if not passing.pass_on(self._hands, given, patience_s, LOOK_S):
             self.kill_hung()
 
     def read(self) -> list[Frame] | None:

@@ -23,6 +23,9 @@ CALL_TIMEOUT_S = 2.0
 # something is due, is a hang.
 ANSWER_S = 3 * CALL_TIMEOUT_S
 _MAX_BEAT_S = 20.0
+# From a change of the key to the look at it: an eviction marks many records in one transaction, and
+# deletes them in another, which fails where a keeper has been faster.
+SETTLE_S = 0.1
 # Incarnations that the rank has had and that etcd may show again, as after a restored backup. Those
 # that etcd may still have are all kept.
 FORMER_KEPT = 32
