@@ -16,6 +16,7 @@ from engine_registry.errors import Evicted, KeeperFailed, RankConflict, Registry
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.registration import handle as module
 from engine_registry.registration.descriptors import Descriptors
+from engine_registry.registration.hold import Hold
 from engine_registry.telemetry import metrics
 from engine_registry.telemetry.meters import Held
 from tests.support.builders import OTHER_CONTENT, a_record
