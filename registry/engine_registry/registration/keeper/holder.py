@@ -275,8 +275,8 @@ class Keeper:
         try:
             amended = amend(self._etcd, self._record, held, parts)
         except EtcdRefused:
-            if self._record.ended:  # nobody may take a rank that has ended for one that lives
-                self._etcd.revoke(held.lease_id)
+            if self._record.ended:  # nobody may take it for a rank that lives
+                end(self._etcd, held, self._record.ended)
                 self._held = None
             raise
         if amended is None:
