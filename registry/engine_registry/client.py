@@ -199,6 +199,7 @@ class Registry(Closable):
         on_state: OnState | None = None,
         descriptors: Descriptors | None = None,
         hold: Hold | None = None,
+        replaces: str = "",
     ) -> Registration:
         """Claims the rank for this process and holds it. `content` says which weights it has; the
         default is one that no other rank has. `labels` are names and values in the syntax of
@@ -219,7 +220,9 @@ class Registry(Closable):
 
         With `hold`, the keeper holds the `descriptors` for a while if this process ends without
         leaving the registry, and the record is ready then: see `RankRecord.held`. Another process
-        of the same user and host can take them, or any process the rank.
+        of the same user and host can take them, or any process the rank. `replaces` is the
+        incarnation of the rank whose memory this process has taken: its keeper may not have been
+        able to say in etcd yet that it has ended.
 
         `on_state` is called for every change of the state, in order, from another thread:
         it may call the registration, and may get CLOSED after `withdraw` has returned.
@@ -257,7 +260,15 @@ class Registry(Closable):
                 labels=labels or {},
             )
         return Registration(
-            self._config, record, parts, ttl_s, unresponsive_after_s, on_state, descriptors, hold
+            self._config,
+            record,
+            parts,
+            ttl_s,
+            unresponsive_after_s,
+            on_state,
+            descriptors,
+            hold,
+            replaces,
         )
 
     def held(self, instance: str, rank: int | None = None) -> tuple[RankRecord, ...]:

@@ -25,7 +25,7 @@ from engine_registry import (
     let_go,
     let_go_of_device,
 )
-from engine_registry.errors import InvalidField, KeeperFailed
+from engine_registry.errors import InvalidField, KeeperFailed, RankConflict
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.registration import held
 from engine_registry.registration.descriptors import DescriptorPlace
@@ -403,6 +403,23 @@ def test_another_process_takes_the_rank_and_the_memory_is_let_go(
         rank.wait_for_the_end()
         assert registry.ranks("a") == (successor.record,)
         assert registry.held("a") == ()
+
+
+def test_a_process_that_has_taken_the_memory_registers_though_its_keeper_cannot_write(
+    start: Start, own_etcd: LocalEtcd, own_registry: Registry
+) -> None:
+    rank = start(etcd=own_etcd)
+    (record,) = own_registry.ranks("a")
+    own_etcd.pause()
+    rank.die_and_be_held()
+    signal_and_wait(rank.keeper, signal.SIGSTOP)
+    own_etcd.resume()
+    with pytest.raises(RankConflict):
+        register(own_registry)
+    with register(own_registry, replaces=record.incarnation) as adopter:
+        os.kill(rank.keeper, signal.SIGCONT)
+        rank.wait_for_the_end()
+        assert own_registry.ranks("a") == (adopter.record,)
 
 
 # -- those that take, share and let go

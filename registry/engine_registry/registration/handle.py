@@ -67,6 +67,7 @@ class Registration(Closable):
         on_state: OnState | None = None,
         descriptors: Descriptors | None = None,
         hold: Hold | None = None,
+        replaces: str = "",
     ) -> None:
         """Registers; raises RankConflict, InstanceMismatch, EtcdUnavailable, … and has then left
         nothing behind. `descriptors` are its own from then on.
@@ -90,7 +91,7 @@ class Registration(Closable):
         # The link must not keep a forgotten handle alive: it would hold the rank for ever.
         news = weakref.WeakMethod(self._receive)
         self._link = KeeperLink(
-            config, record, parts, ttl_s, unresponsive_after_s, news, descriptors, hold
+            config, record, parts, ttl_s, unresponsive_after_s, news, descriptors, hold, replaces
         )
         try:
             uninterrupted(self._open, f"registers {record.key}")

@@ -58,14 +58,17 @@ class Keeper:
         report: Report,
         watch: KeyWatch,
         former: Sequence[str] = (),
+        replaces: str = "",
     ) -> None:
         """`watch` is of the record's key. `former` are incarnations that the rank has had: its
-        record may stand in etcd under one of them.
+        record may stand in etcd under one of them. `replaces` is one of another process, which has
+        ended, whether its record says so yet or not.
         """
         self._etcd = etcd
         self._record = record
         self._parts = parts
         self._former = list(former)
+        self._replaces = replaces
         self._moved = False  # the manifest is another, too, than the one in etcd
         self._ttl_s = ttl_s
         self._report = report
@@ -238,7 +241,7 @@ class Keeper:
                 self._claim_again(lease_id)
 
     def _claim(self, lease_id: int) -> None:
-        held = claim(self._etcd, self._record, self._parts, lease_id, former=self._former)
+        held = claim(self._etcd, self._record, self._parts, lease_id, self._replaces, self._former)
         self._written(held)
         self._watch.begin(held.mod_revision + 1)
 

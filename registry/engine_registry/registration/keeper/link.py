@@ -51,18 +51,21 @@ class KeeperLink:
         news: Callable[[], OnNews | None],
         descriptors: Descriptors | None = None,
         hold: Hold | None = None,
+        replaces: str = "",
     ) -> None:
         """`news` is a weak reference: when its referent is gone, the registration ends.
 
         `descriptors` are those of the manifest, which the keeper hands out. They are closed when
         the registration is over, or another manifest takes the place of theirs. `hold` says what
-        the keeper does with them when this process has ended.
+        the keeper does with them when this process has ended. `replaces` is the incarnation of a
+        rank that has ended, in whose place this one comes.
         """
         self.record = record
         self._config = config
         self._parts = tuple(parts)
         self._descriptors = descriptors
         self._hold = hold
+        self._replaces = replaces
         # Earlier incarnations of the rank: the record in etcd may still have one of them.
         self._former: list[str] = []
         self._ttl_s = ttl_s
@@ -215,6 +218,7 @@ class KeeperLink:
             "unresponsive_after_s": self._unresponsive_after_s,
             "again": again,
             "hold": self._hold.to_wire() if self._hold is not None else None,
+            "replaces": self._replaces,
         }
 
     def _change(self, record: RankRecord) -> Message:

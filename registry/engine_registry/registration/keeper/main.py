@@ -212,6 +212,7 @@ def main(rank: int | None, descriptors: int) -> None:
         report,
         KeyWatch(etcd, message["key"], lambda: inbox.put(Frame({"op": "changed"}))),
         message["former"],
+        message["replaces"],
     )
     try:
         if not message[

@@ -40,6 +40,7 @@ class Link:
         news: Callable[[], Callable[[str, str, RegistryError | None], None] | None],
         descriptors: Descriptors | None = None,
         hold: Hold | None = None,
+        replaces: str = "",
     ) -> None:
         assert (config, parts, ttl_s) == (CONFIG, [b"part"], 3.0)
         assert unresponsive_after_s == 30.0

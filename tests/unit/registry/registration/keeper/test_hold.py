@@ -263,6 +263,22 @@ def test_a_rank_that_lives_gives_way_to_none_that_is_held(etcd: FakeEtcd) -> Non
         claim(etcd, HELD, PARTS, etcd.grant(10))
 
 
+def test_a_process_that_has_taken_the_memory_need_not_wait_until_the_end_is_written(
+    etcd: FakeEtcd, keeper: Keeper
+) -> None:
+    (lease_id,) = etcd.leases
+    watch = FakeKeyWatch(etcd, NEXT.key)
+    adopter = Keeper(etcd, NEXT, PARTS, TTL_S, lambda _: None, watch, replaces=OURS.incarnation)
+    adopter.register()
+    lost(keeper, Superseded)
+    assert lease_id not in etcd.leases
+    assert found(etcd) == NEXT
+    assert len(entries(etcd)) == 2
+    assert {etcd.lease_of(key) for key in etcd.keys} == set(etcd.leases)
+    with pytest.raises(RankConflict):
+        a_keeper(etcd, replace(NEXT, incarnation="e" * 32)).register()
+
+
 def evict_now(etcd: FakeEtcd) -> None:
     record = found(etcd)
     assert record is not None
