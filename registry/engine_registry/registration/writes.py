@@ -138,8 +138,9 @@ def _claim(
     guards = [
         check_holder(etcd, record, holder, {*own, replaces}),
         absent(evicted_key(record.instance, record.rank, record.incarnation)),
-        check_siblings(etcd, record, Snapshot(revision, some.items)),
     ]
+    if not record.ended:  # else it is held, and another launch may have its siblings' places
+        guards.append(check_siblings(etcd, record, Snapshot(revision, some.items)))
     order = record.order or _order_of(holder, record.incarnation) or revision
     record = replace(record, order=order if indexed else 0)
     put = Put(record.key, encode(record), lease_id)

@@ -54,7 +54,7 @@ class Desk:
 
     def __init__(self, rank: socket.socket, on_let_go: Callable[[], object] = lambda: None) -> None:
         """`rank` is the keeper's end of the pair. `on_let_go` is called in the desk's thread when
-        the memory of a rank that has ended was let go.
+        what is held was let go.
         """
         self._rank = rank
         self._rank_ended_at: float | None = None  # on the clock of time.monotonic
@@ -122,7 +122,7 @@ class Desk:
                     self._hear(key.fileobj)
             self._look_after_callers()
             if time.monotonic() >= self._stock.until:
-                self._let_go()
+                self._let_go() if self._stock.is_held else self._clear()
 
     def _pause_s(self) -> float | None:
         """Until somebody has to be looked after, or all is closed."""

@@ -334,7 +334,12 @@ def test_a_rank_that_was_evicted_while_its_lease_was_lost_is_not_held(
     assert found(etcd) is None
 
 
-def test_siblings_need_not_agree_with_a_rank_that_is_held(etcd: FakeEtcd, holding: Keeper) -> None:
+@pytest.mark.parametrize("expired", [False, True])
+def test_siblings_of_another_launch_need_not_agree_with_a_rank_that_is_held(
+    etcd: FakeEtcd, holding: Keeper, expired: bool
+) -> None:
+    if expired:
+        etcd.expire_all()
     sibling = a_record(rank=1, incarnation="b" * 32, generation="launch-2")
     a_keeper(etcd, sibling).register()
     holding.beat()
