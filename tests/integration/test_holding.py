@@ -5,11 +5,13 @@ take, share or let go of what these hold.
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -42,7 +44,7 @@ from tests.integration.test_descriptors import (
     run_as_other_user,
     texts,
 )
-from tests.support.ranks import register
+from tests.support.ranks import MANIFEST, register
 from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
@@ -329,6 +331,70 @@ def test_a_keeper_that_is_killed_lets_go(start: Start) -> None:
         take(rank.place)
     with pytest.raises(KeeperFailed, match="has ended"):
         let_go(rank.place.name)
+
+
+CHANGING = """
+import os, sys, time
+from engine_registry import Hold, RankState, Registry, new_incarnation
+from engine_registry.registration.descriptors import DescriptorPlace, Descriptors
+from tests.integration.test_descriptors import memory
+from tests.support.ranks import MANIFEST, register
+
+
+def given():
+    # Memory in which its incarnation is written, which is the secret of its place, too.
+    incarnation = new_incarnation()
+    place = DescriptorPlace(bytes.fromhex(incarnation), bytes.fromhex(incarnation))
+    fds = [memory(incarnation.encode()) for _ in range(200)]
+    return {"incarnation": incarnation, "descriptors": Descriptors(place, fds)}
+
+
+endpoint, namespace, how = sys.argv[1:]
+registry = Registry.connect(endpoint, namespace=namespace, timeout_s=60)
+registration = register(registry, hold=Hold(600.0), **given())
+print(registration.keeper_pid, flush=True)
+memory_of = {"header_addr": 8192, "content": "c0" * 16, "device": "cpu"}
+for version in range(1, 1_000_000):
+    if how == "idle":
+        time.sleep(1)
+    elif how == "updating":
+        registration.update(state=RankState.UPDATING)
+        registration.update(state=RankState.READY, version=version)
+    else:
+        registration.offer(MANIFEST, version=version, **memory_of, **given())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["idle", "updating", "offering"])
+def test_whenever_a_rank_is_killed_what_is_held_is_what_its_record_says(
+    processes: Processes, shared_etcd: LocalEtcd, namespace: str, registry: Registry, how: str
+) -> None:
+    chance = random.Random(how)
+    outcomes = Counter[str]()
+    for _ in range(12):
+        process = processes.start_anew("-c", CHANGING, shared_etcd.endpoint, namespace, how)
+        keeper = int(line_of(process))
+        threading.Event().wait(chance.uniform(0.0, 0.1))
+        process.kill()
+        process.wait()
+        wait_until(lambda: not registry.ranks("a"))
+        ours = [kept for kept in keepers_here() if kept.held and kept.pid == keeper]
+        if records := registry.held("a"):
+            (record,), (kept,) = records, ours
+            assert kept.incarnation == record.incarnation
+            assert registry.manifest(record) == MANIFEST
+            place = DescriptorPlace(kept.name, bytes.fromhex(record.incarnation))
+            with take(place) as taken:
+                assert texts(place, 0, 200) == 200 * [record.incarnation.encode()]
+                taken.finish()
+        else:
+            assert ours == []
+        outcomes["held" if records else "gone"] += 1
+        wait_until(lambda: has_ended(keeper))  # noqa: B023
+        assert registry._etcd.count("/") == 0
+    assert outcomes["held"]
+    assert how != "idle" or not outcomes["gone"]
 
 
 # -- etcd

@@ -270,18 +270,20 @@ def let_go_of_device(device: str, *, timeout_s: float = PATIENCE_S) -> int:
     gone: dict[bytes, int] = {}
     while True:
         around, silent = _look_around()
-        held = [kept for kept in around if kept.held and device in kept.devices]
-        for kept in held:
-            with suppress(KeeperFailed):  # it has ended meanwhile, or is asked again
-                let_go(kept)
-                gone[kept.name] = kept.nbytes
-        if not held and not silent:
+        refused = 0
+        for kept in around:
+            if kept.held and device in kept.devices:
+                try:
+                    let_go(kept)
+                    gone[kept.name] = kept.nbytes
+                except KeeperFailed:  # it has ended meanwhile, or is asked again
+                    refused += 1
+        if not silent and not refused:
             return sum(gone.values())
         if time.monotonic() > until:
             raise KeeperFailed(
-                f"{silent + len(held)} keepers of this user do not answer, and may hold memory on "
+                f"{silent + refused} keepers of this user do not answer, and may hold memory on "
                 f"{device}",
                 "`engines doctor` lists what keepers hold; a keeper that ends lets go",
             )
-        if silent:
-            time.sleep(_RETRY_S)
+        time.sleep(_RETRY_S)

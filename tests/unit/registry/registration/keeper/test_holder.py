@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -1037,6 +1038,43 @@ def test_an_end_that_does_not_reach_etcd_is_given_up_after_five_minutes(
     serve(holding, Inbox(clock, None), rank.report, LIMIT_S)
     assert start + 300 < clock.now < start + 302
     assert rank.received == []
+
+
+def test_what_a_rank_has_said_comes_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process may have ended before all of it is read."""
+    monkeypatch.setattr(main, "_DRAIN_S", 60.0)
+    inbox: queue.Queue[Frame | None] = queue.Queue()
+    said, (ended, process) = threading.Event(), os.pipe()
+
+    def read() -> None:
+        said.wait(60)
+        inbox.put(end())
+
+    reader = threading.Thread(target=read)
+    waits = threading.Thread(target=main._await_death, args=(ended, inbox, reader))
+    reader.start()
+    waits.start()
+    os.close(process)
+    said.set()
+    waits.join(60)
+    os.close(ended)
+    assert [inbox.get(timeout=60), inbox.get(timeout=60)] == [end(), None]
+
+
+def test_a_child_that_holds_the_pipe_open_does_not_hide_the_end_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(main, "_DRAIN_S", 0.01)
+    inbox: queue.Queue[Frame | None] = queue.Queue()
+    over, (ended, process) = threading.Event(), os.pipe()
+    reader = threading.Thread(target=over.wait, args=(60,))
+    reader.start()
+    os.close(process)
+    main._await_death(ended, inbox, reader)
+    os.close(ended)
+    assert inbox.get(timeout=60) is None
+    over.set()
+    reader.join(60)
 
 
 # -- a rank that does not answer
