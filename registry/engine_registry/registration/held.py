@@ -125,11 +125,12 @@ def _look_around() -> tuple[list[Kept], int]:
 def _ask_each(names: Sequence[bytes]) -> tuple[list[Kept], int]:
     """At once."""
     found: list[Kept] = []
+    unasked = 0
     with ExitStack() as stack:
-        waiting = stack.enter_context(selectors.DefaultSelector())
+        waiting = stack.enter_context(selectors.PollSelector())  # which takes no descriptor
         keepers: dict[bytes, socket.socket] = {}
         for name in names:
-            with suppress(OSError):
+            try:
                 keeper = keepers[name] = stack.enter_context(
                     socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 )
@@ -138,6 +139,10 @@ def _ask_each(names: Sequence[bytes]) -> tuple[list[Kept], int]:
                 if owner_of(keeper) == os.geteuid():
                     keeper.send(LOOK, socket.MSG_NOSIGNAL)
                     waiting.register(keeper, selectors.EVENT_READ, name)
+            except ConnectionError:  # it has ended
+                pass
+            except OSError:  # it has too much to do, or this process can open no more
+                unasked += 1
         until = time.monotonic() + _LOOK_S
         while waiting.get_map() and (left_s := until - time.monotonic()) > 0:
             for key, _ in waiting.select(left_s):
@@ -147,7 +152,7 @@ def _ask_each(names: Sequence[bytes]) -> tuple[list[Kept], int]:
                     answer = keeper.recv(ANSWER_NBYTES)
                     if answer[:1] == b"+":
                         found.append(Kept._decode(key.data, peer_of(keeper)[0], answer[1:]))
-        return found, len(waiting.get_map())
+        return found, unasked + len(waiting.get_map())
 
 
 def _say(keeper: socket.socket, packet: bytes) -> bytes:
