@@ -50,7 +50,7 @@ from tests.support.waiting import wait_until
 
 LONG_S = 600.0  # longer than any test
 
-PROGRAM = ("-m", "tests.support.processes.holding")
+PROGRAM = ("-m", "tests.support.processes.leaving_memory")
 
 
 @dataclass

@@ -11,18 +11,19 @@ from __future__ import annotations
 import os
 import pwd
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from engine_registry.errors import EtcdFull, RecordDamaged
+from engine_registry.errors import EtcdFull, Evicted, RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.registration.writes import EVICTED, deletion, ended, made_at
-from engine_registry.schema.eviction import Eviction
+from engine_registry.schema.eviction import Eviction, was_evicted
 from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import Guard, KeyValue, Put, Range, unchanged, written
 from engine_registry.schema.moment import utc
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item
 
+_REGISTER_AGAIN = "the registration has ended; register again if that was not meant"
 # Each takes two comparisons and two writes, and etcd takes 128 of either.
 AT_ONCE = 40
 
@@ -108,6 +109,19 @@ def evict_all(
         for each in marked:  # the keeper of one was faster, or a successor has its key
             _delete(etcd, [each], [unchanged(each)])
     return True
+
+
+def why_gone(etcd: Etcd, record: RankRecord, former: Collection[str]) -> Evicted:
+    """Who has ended this registration, which has had the `former` incarnations before: as the mark
+    says, if there is one.
+    """
+    for incarnation in (record.incarnation, *former):
+        mark = etcd.get(evicted_key(record.instance, record.rank, incarnation))
+        if mark is not None:
+            return was_evicted(record.key, Eviction.decode(mark.value), _REGISTER_AGAIN)
+    return Evicted(
+        f"{record.key} was deleted from etcd by somebody", _REGISTER_AGAIN, key=record.key
+    )
 
 
 def _is(item: KeyValue, record: RankRecord) -> bool:

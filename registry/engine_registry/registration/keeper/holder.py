@@ -26,11 +26,10 @@ from engine_registry.errors import (
 )
 from engine_registry.etcd.backoff import Backoff
 from engine_registry.etcd.client import Etcd
+from engine_registry.registration.eviction import why_gone
 from engine_registry.registration.keeper.key_watch import KeyWatch
 from engine_registry.registration.keeper.protocol import FORMER_KEPT, beat_s
 from engine_registry.registration.writes import DIED, amend, claim, end, remove
-from engine_registry.schema.eviction import Eviction, was_evicted
-from engine_registry.schema.keys import evicted_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord
 from engine_registry.schema.record_format import decode_item, encode
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 # From one look at the key to the next while its watch has nothing to tell: a member of etcd that
 # renews leases may be far behind the others, and then its watches are, too.
 LOOK_EVERY_S = 60.0
-_REGISTER_AGAIN = "the registration has ended; register again if that was not meant"
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -197,7 +195,7 @@ class Keeper:
             return
         self._renewed_in_s = time.monotonic() - start
         if found is None:
-            self._lose(self._evicted())
+            self._lose(why_gone(self._etcd, self._record, self._former))
         elif (found.mod_revision, found.value) != (held.mod_revision, held.value):
             self._adopt_or_lose(found, held.lease_id)
 
@@ -208,16 +206,6 @@ class Keeper:
         if not self._watch.stands:
             self._watch.begin(now.revision + 1)
         return now.items[0] if now.items else None
-
-    def _evicted(self) -> Evicted:
-        key = self._record.key
-        for incarnation in (self._record.incarnation, *self._former):
-            mark = self._etcd.get(
-                evicted_key(self._record.instance, self._record.rank, incarnation)
-            )
-            if mark is not None:
-                return was_evicted(key, Eviction.decode(mark.value), _REGISTER_AGAIN)
-        return Evicted(f"{key} was deleted from etcd by somebody", _REGISTER_AGAIN, key=key)
 
     def _adopt_or_lose(self, item: KeyValue, lease_id: int) -> None:
         """The key holds something else than we wrote, as far as we know."""
@@ -232,7 +220,7 @@ class Keeper:
                     Superseded(f"{key} now belongs to another process ({found.holder})", key=key)
                 )
             if found.ended and not found.held:  # which an eviction has put an end to
-                self._lose(self._evicted())
+                self._lose(why_gone(self._etcd, self._record, self._former))
             if item.value == encode(self._record) and item.lease_id == lease_id:
                 self._written(item)  # the answer to a write was lost
             else:

@@ -1,5 +1,5 @@
 """Ranks whose memory is held when they are killed, and processes that take or share it:
-`python -m tests.support.processes.holding WHAT …`. What they do is in `main`.
+`python -m tests.support.processes.leaving_memory WHAT …`. What they do is in `main`.
 """
 
 from __future__ import annotations
