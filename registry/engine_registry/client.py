@@ -298,7 +298,8 @@ class Registry(Closable):
         return tuple(itertools.compress(held, self.evict_each(held, reason)))
 
     def instances(self, selector: str = "") -> tuple[InstanceStatus, ...]:
-        """All instances by name. What cannot be read is among their problems, never an error.
+        """All instances by name. What cannot be read is among their problems, never an error. One
+        of which only ranks are left that are held is GONE, and has these in `held`.
 
         `selector` chooses by labels, as in Kubernetes: `team=x,tier!=test,owner,!beta`. Raises
         InvalidField.
@@ -308,7 +309,7 @@ class Registry(Closable):
         return tuple(status for status in found if chosen.matches(status.labels))
 
     def instance(self, name: str) -> InstanceStatus:
-        """One instance as it is now; state GONE where nothing is registered."""
+        """One instance as it is now; state GONE where no rank is registered."""
         return self._roster(name).status()
 
     def damaged(self, instance: str, rank: int | None = None) -> tuple[RecordDamaged, ...]:

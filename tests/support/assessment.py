@@ -16,15 +16,16 @@ def assess(
 ) -> InstanceStatus:
     """`damaged` are complaints about keys of this instance that hold no good record.
 
-    Ended registrations do not count.
+    Ended registrations do not count, but that those are remembered that are held.
     """
-    present = tuple(
-        sorted((record for record in records if not record.ended), key=lambda record: record.rank)
-    )
+    by_rank = sorted(records, key=lambda record: record.rank)
+    held = tuple(record for record in by_rank if record.held)
+    present = tuple(record for record in by_rank if not record.ended)
     problems = list(damaged)
     if not present:
         state = InstanceState.DEGRADED if problems else InstanceState.GONE
-        return InstanceStatus(instance, state, problems=tuple(problems))
+        missing = tuple(range(held[0].world_size)) if held else ()
+        return InstanceStatus(instance, state, (), missing, tuple(problems), held)
     first = present[0]
     agreed = first.agreed()
     for record in present[1:]:
@@ -41,7 +42,7 @@ def assess(
     ranks = {record.rank for record in present}
     missing = tuple(rank for rank in range(first.world_size) if rank not in ranks)
     state = InstanceState.DEGRADED if missing or problems else InstanceState.READY
-    return InstanceStatus(instance, state, present, missing, tuple(problems))
+    return InstanceStatus(instance, state, present, missing, tuple(problems), held)
 
 
 def _in_one_version(records: tuple[RankRecord, ...]) -> tuple[RankRecord, ...]:

@@ -153,14 +153,15 @@ def _print_ranks(records: Sequence[RankRecord], flows: Flows) -> None:
 
 
 def chosen(status: InstanceStatus, rank: int | None) -> list[RankRecord]:
-    """The records of the rank, or of all; raises what is missing."""
-    if status.state is InstanceState.GONE:
+    """The records of the rank, or of all, also of those that are held; raises what is missing."""
+    if status.state is InstanceState.GONE and not status.held:
         raise InstanceNotFound(
             f"instance {status.instance!r} is not registered",
             "see `Registry.instances()`",
             instances=[status.instance],
         )
-    records = [record for record in status.records if rank is None or record.rank == rank]
+    known = sorted([*status.records, *status.held], key=lambda record: record.rank)
+    records = [record for record in known if rank is None or record.rank == rank]
     if rank is not None and not records:
         raise InstanceIncomplete(
             f"rank {rank} of {status.instance!r} is not registered: see `engines show "

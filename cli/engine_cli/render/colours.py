@@ -11,6 +11,7 @@ _STYLES = {
     "load": "cyan",
     "updating": "yellow",
     "draining": "yellow",
+    "held": "yellow",
     "warn": "yellow",
     "degraded": "red",
     "fail": "bold red",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine_cli.render.flows import Arrived, Flows
-from engine_cli.render.states import state_of, zones_of
+from engine_cli.render.states import HELD, state_of, zones_of
 from engine_registry import (
     Event,
     InstanceCleaned,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 def instance_json(status: InstanceStatus) -> dict[str, Any]:
+    first = next(iter([*status.records[:1], *status.held]), None)
     return {
         "instance": status.instance,
         "state": state_of(status),
@@ -39,13 +40,24 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
         "present": [record.rank for record in status.records],
         "missing": list(status.missing),
         "unresponsive": list(status.unresponsive),
+        "held": [_held_json(record) for record in status.held],
         "problems": list(status.problems),
-        "model": model_json(status.records[0]) if status.records else None,
-        "generation": status.records[0].generation if status.records else None,
+        "model": model_json(first) if first else None,
+        "generation": first.generation if first else None,
         "version": status.version,
         "labels": dict(status.labels),
         "zones": list(zones_of(status)),
         "nbytes": status.nbytes,
+    }
+
+
+def _held_json(record: RankRecord) -> dict[str, Any]:
+    return {
+        "rank": record.rank,
+        "held_until": record.held_until,
+        "nbytes": record.manifest.nbytes,
+        "host": record.host,
+        "device": record.device,
     }
 
 
@@ -65,7 +77,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "instance": record.instance,
         "rank": record.rank,
         "world_size": record.world_size,
-        "state": record.state.value,
+        "state": HELD if record.held else record.state.value,
         "version": record.version,
         "content": record.content,
         "retained": [one.version for one in record.retained],
@@ -86,6 +98,7 @@ def rank_json(record: RankRecord) -> dict[str, Any]:
         "registered_at": record.registered_at,
         "kept_by": record.kept_by,
         "unresponsive_since": record.unresponsive_since or None,
+        "held_until": record.held_until or None,
         "incarnation": record.incarnation,
     }
 
@@ -178,15 +191,16 @@ def event_json(event: Event | InstanceCleaned) -> dict[str, Any]:
             **release_json(event.release),
             "previous": event.previous and event.previous.version,
         }
-    reason = (
+    lost = (
         {
+            "held_until": event.held_until or None,
             "reason": event.reason,
             "eviction": event.eviction and dataclasses.asdict(event.eviction),
         }
         if isinstance(event, RankLost)
         else {}
     )
-    return {"event": EVENTS[type(event)], **reason, **rank_json(event.record)}
+    return {"event": EVENTS[type(event)], **rank_json(event.record), **lost}
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine_cli.render.states import UNRESPONSIVE, state_of
+from engine_cli.render.states import HELD, UNRESPONSIVE, state_of
 from engine_registry import InstanceState, InstanceStatus
 from engine_registry.schema.labels import Selector
 
-STATES = ("ready", "degraded", "loading", UNRESPONSIVE)
+STATES = ("ready", "degraded", "loading", UNRESPONSIVE, HELD)
 ORDERS: dict[str, Callable[[InstanceStatus], Any]] = {
     "name": lambda status: 0,  # as they come
     "model": lambda status: str(status.model),

@@ -8,6 +8,7 @@ from engine_registry import InstanceState, InstanceStatus, RankRecord, RankState
 
 LOADING = RankState.LOADING.value
 UNRESPONSIVE = "unresponsive"
+HELD = "held"
 
 
 def any_loads(records: Iterable[RankRecord]) -> bool:
@@ -16,9 +17,12 @@ def any_loads(records: Iterable[RankRecord]) -> bool:
 
 
 def state_of(status: InstanceStatus) -> str:
-    """An instance is loading while one of its ranks is, and unresponsive while it is ready but for
-    ranks that do not answer; else it has the state of the registry.
+    """An instance is loading while one of its ranks is, unresponsive while it is ready but for
+    ranks that do not answer, and held where it is gone but for ranks that are held; else it has the
+    state of the registry.
     """
+    if status.state is InstanceState.GONE and status.held:
+        return HELD
     if RankState.LOADING in status.states:
         return LOADING
     is_ready = status.state is InstanceState.READY
@@ -26,7 +30,11 @@ def state_of(status: InstanceStatus) -> str:
 
 
 def rank_state_of(record: RankRecord) -> str:
-    """A rank that does not answer is unresponsive, whatever it does."""
+    """A rank that does not answer is unresponsive, and one that has ended is held, whatever it did
+    before.
+    """
+    if record.held:
+        return HELD
     return UNRESPONSIVE if record.unresponsive_since else record.state.value
 
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
+from engine_cli.render.held import left, ranks_held
 from engine_cli.render.printable import printable
 from engine_cli.render.states import LOADING, UNRESPONSIVE, rank_state_of, state_of, zones_of
 from engine_cli.render.tables import size
@@ -47,9 +48,11 @@ def event_text(event: Event | InstanceCleaned) -> str:
         return ready_text(event.status)
     if isinstance(event, InstanceDegraded):
         state = state_of(event.status)
-        return f"{event.status.instance} {state}: {printable(event.status.summary)}"
+        why = said_of(event.status)
+        return f"{event.status.instance} {state}: {printable(why)}"
     if isinstance(event, InstanceGone):
-        return f"{event.status.instance} gone"
+        held = event.status.held_summary
+        return f"{event.status.instance} gone{f': {printable(held)}' if held else ''}"
     if isinstance(event, VersionReleased):
         return _release_text(event)
     record = event.record
@@ -67,7 +70,9 @@ def event_text(event: Event | InstanceCleaned) -> str:
 
 
 def loss(event: RankLost) -> str:
-    """Why, and of an eviction by whom. Watches show when."""
+    """Why, of an eviction by whom, and how long the memory is held. Watches show when."""
+    if event.held_until:
+        return f"{event.reason}, held until {event.held_until}"
     if event.eviction is None:
         return event.reason
     why = f": {event.eviction.reason}" if event.eviction.reason else ""
@@ -92,9 +97,14 @@ def instance_state(status: InstanceStatus, loaded: float | None) -> str:
 
 
 def why_not_ready(status: InstanceStatus) -> str:
-    """For people, with the ranks that do not answer."""
+    """For people, with the ranks that do not answer, and those that are held now."""
     silent = f"{named(status.unresponsive)} {UNRESPONSIVE}" if status.unresponsive else ""
-    return "; ".join(filter(None, [status.summary, silent]))
+    return "; ".join(filter(None, [status.summary, ranks_held(status.held), silent]))
+
+
+def said_of(status: InstanceStatus) -> str:
+    """Why it is not ready, in a text that stays."""
+    return "; ".join(filter(None, [status.summary, status.held_summary]))
 
 
 def answering(record: RankRecord) -> str:
@@ -103,6 +113,8 @@ def answering(record: RankRecord) -> str:
 
 
 def rank_state(record: RankRecord, progress: Arrived | None) -> str:
+    if record.held:
+        return f"{rank_state_of(record)} ({left(record.held_until)})"
     return (
         _loading(progress.fraction if progress else None)
         if record.state is RankState.LOADING and not record.unresponsive_since

@@ -22,6 +22,7 @@ from engine_registry.schema.keys import record_key
 from engine_registry.schema.keyvalue import KeyValue
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.schema.record_format import decode_item
+from engine_registry.schema.status import why_held
 
 _CACHE_NBYTES = 64 << 20
 _WHY_NOT = {
@@ -108,6 +109,8 @@ class Answers:
 
 def _check_readable(record: RankRecord) -> None:
     """SGLang's loader knows nothing of versions: it must not read what changes while it reads."""
+    if record.held:
+        raise InstanceNotFound(f"{record.key} is {why_held(record)}")
     if record.ended:
         raise InstanceNotFound(f"{record.key} has ended: {record.ended}")
     if record.state is not RankState.READY:

@@ -18,7 +18,14 @@ from engine_registry.schema.keyvalue import Change, Deletion, KeyValue
 from engine_registry.schema.printable import short
 from engine_registry.schema.record import RankRecord, RankState
 from engine_registry.schema.record_format import decode_item
-from engine_registry.schema.status import InstanceState, InstanceStatus, Page, Pages, named
+from engine_registry.schema.status import (
+    InstanceState,
+    InstanceStatus,
+    Page,
+    Pages,
+    named,
+    why_held,
+)
 
 _PAGE_RANKS = 64
 _rank_of = attrgetter("rank")
@@ -38,6 +45,7 @@ class Roster:
     def __init__(self, instance: str) -> None:
         self.instance = instance
         self.damaged: dict[str, RecordDamaged] = {}  # by key
+        self.held: dict[int, RankRecord] = {}  # by rank: ended ones, whose memory a keeper keeps
         self._records: dict[int, RankRecord] = {}  # by rank; none has ended
         # The same, in order. A status takes the pages as they are, and a change makes a new one.
         self._pages: dict[int, Page] = {}
@@ -53,12 +61,24 @@ class Roster:
     def put(self, record: RankRecord) -> None:
         """The rank's record from now on, which must not have ended."""
         self.remove(record.rank)
+        self.held.pop(record.rank, None)
         self._records[record.rank] = record
         self._turn(record.rank, (record,))
         self._kinds.setdefault(_kind(record), set()).add(record.rank)
         self._holders.update(_versions_of(record))
 
+    def end(self, record: RankRecord) -> RankRecord | None:
+        """Takes in a record that has ended, which is remembered if it is held. Returns the record
+        that the rank had before, if that had not ended.
+        """
+        former = self.remove(record.rank)
+        self.held.pop(record.rank, None)
+        if record.held:
+            self.held[record.rank] = record
+        return former
+
     def remove(self, rank: int) -> RankRecord | None:
+        """Forgets the rank's record, unless it has ended, and returns it."""
         record = self._records.pop(rank, None)
         if record is not None:
             self._turn(rank, ())
@@ -101,6 +121,7 @@ class Roster:
         place = parse_record_key(change.key)
         if place is not None:
             self.remove(place[1])
+            self.held.pop(place[1], None)
         if isinstance(change, Deletion):
             return
         try:
@@ -112,12 +133,19 @@ class Roster:
         except RecordDamaged as exc:
             self.damage(change.key, exc)
         else:
-            if not record.ended:
+            if record.ended:
+                self.end(record)
+            else:
                 self.put(record)
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is known of the instance: neither ranks nor what they have left."""
+        return not (self._records or self.damaged or self.held)
+
+    @property
     def state(self) -> InstanceState:
-        """As in `status`, without looking at each record."""
+        """As in `status`, without looking at each record. Ranks that are held count for nothing."""
         if not self._records and not self.damaged:
             return InstanceState.GONE
         if self.damaged or self._common_version() is None:
@@ -144,7 +172,10 @@ class Roster:
         """The ranks that cannot be read in the version, and what is known of each instead."""
         if not self._records:
             return {}
-        lacking = dict.fromkeys(self._missing(), "not registered")
+        lacking = {
+            rank: why_held(self.held[rank]) if rank in self.held else "not registered"
+            for rank in self._missing()
+        }
         for rank, record in self._records.items():
             if record.state is not RankState.READY:
                 lacking[rank] = record.state.value
@@ -158,13 +189,15 @@ class Roster:
         the version that all have, the records say where that one is.
         """
         damaged = tuple(map(str, self.damaged.values()))
+        held = tuple(self.held[rank] for rank in sorted(self.held))
+        missing = self._missing()
         if not self._records:
-            return InstanceStatus(self.instance, self.state, problems=damaged)
+            return InstanceStatus(self.instance, self.state, (), missing, damaged, held)
         common, differ = self._common_version(), self._versions()
         problems = (*damaged, *self._differences(), *(differ if common is None else ()))
         problems = (*problems, *self._states())
         some = (self._page_in(number, common) for number in sorted(self._pages))
-        return InstanceStatus(self.instance, self.state, Pages(some), self._missing(), problems)
+        return InstanceStatus(self.instance, self.state, Pages(some), missing, problems, held)
 
     def _page_in(self, number: int, version: int | None) -> Page:
         """The page as it says where the version is, if there is one that all ranks have."""
@@ -178,7 +211,9 @@ class Roster:
         return past
 
     def _missing(self) -> tuple[int, ...]:
-        world_size = self._first.world_size
+        if not self._records and not self.held:
+            return ()
+        world_size = (self._first if self._records else self.held[min(self.held)]).world_size
         return tuple(
             rank
             for start in range(0, world_size, _PAGE_RANKS)
@@ -235,7 +270,8 @@ def instance_of(key: str) -> str:
 
 @collector_paused
 def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
-    """Every instance that has keys among `items`, by name.
+    """Every instance that has keys among `items`, by name; not one whose ranks have all ended,
+    unless some are held.
 
     What cannot be read is among its problems.
     """
@@ -245,8 +281,4 @@ def assess_all(items: Iterable[KeyValue]) -> tuple[InstanceStatus, ...]:
         if name not in rosters:
             rosters[name] = Roster(name)
         rosters[name].see(item)
-    return tuple(
-        roster.status()
-        for _, roster in sorted(rosters.items())
-        if roster.state is not InstanceState.GONE
-    )
+    return tuple(roster.status() for _, roster in sorted(rosters.items()) if not roster.empty)

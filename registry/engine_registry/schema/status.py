@@ -22,7 +22,7 @@ class InstanceState(str, Enum):
         "ready"  # every rank is there, of one generation and one version, and ready: load from it
     )
     DEGRADED = "degraded"  # `missing` and `problems` say why not: wait, or look at those ranks
-    GONE = "gone"  # nothing is registered
+    GONE = "gone"  # no rank is registered; some may be held
 
 
 class Page(tuple[RankRecord, ...]):
@@ -76,7 +76,9 @@ class _Records:
 class InstanceStatus:
     """An instance as its records describe it.
 
-    `missing` ranks and `problems` say why it is not ready.
+    `missing` ranks and `problems` say why it is not ready. `held` are the last records of ranks
+    that have ended, and whose keepers keep their memory for a process that takes their place. They
+    are missing all the same.
     """
 
     instance: str
@@ -84,20 +86,21 @@ class InstanceStatus:
     records: tuple[RankRecord, ...] = _Records()  # type: ignore[assignment]  # by rank
     missing: tuple[int, ...] = ()
     problems: tuple[str, ...] = ()
+    held: tuple[RankRecord, ...] = ()  # by rank
 
     @property
     def world_size(self) -> int:
-        """How many ranks the instance has when it is complete; 0 where none is registered."""
+        """How many ranks the instance has when it is complete. 0: none is registered or held."""
         return self._first.world_size if self._first else 0
 
     @property
     def model(self) -> ModelIdentity | None:
-        """Which weights the instance serves; None where no rank is registered."""
+        """Which weights the instance serves; None where no rank is registered or held."""
         return self._first.model if self._first else None
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """What people have said of the instance; empty where no rank is registered."""
+        """What people have said of the instance; empty where no rank is registered or held."""
         return self._first.labels if self._first else {}
 
     @property
@@ -158,11 +161,13 @@ class InstanceStatus:
 
     @property
     def _first(self) -> RankRecord | None:
-        return next(chain.from_iterable(self._pages), None)
+        return next(chain(chain.from_iterable(self._pages), self.held), None)
 
     @property
     def summary(self) -> str:
-        """Why it is not ready, for a message; empty where it is."""
+        """Why it is not ready, for a message; empty where it is. `held_summary` has more of ranks
+        that are held.
+        """
         reasons = list(self.problems)
         if self.missing:
             reasons.insert(
@@ -170,6 +175,22 @@ class InstanceStatus:
                 f"missing {named(self.missing)} of {self.world_size}",
             )
         return "; ".join(reasons)
+
+    @property
+    def held_summary(self) -> str:
+        """Which ranks are held, and the time until which all of them are; empty where none is."""
+        if not self.held:
+            return ""
+        ranks = named([record.rank for record in self.held])
+        until = min(record.held_until for record in self.held)
+        if len(self.held) > 1:
+            return f"{ranks} are held until {until}: their processes have ended"
+        return f"{ranks} is {why_held(self.held[0])}"
+
+
+def why_held(record: RankRecord) -> str:
+    """Of a rank that is held: for how long, and why. For a message that names the rank before."""
+    return f"held until {record.held_until}: its process has ended"
 
 
 def named(ranks: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from engine_registry.schema.keys import ENGINES
 from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.schema.labels import EVERYTHING, Selector
 from engine_registry.schema.roster import Roster, instance_of
-from engine_registry.schema.status import InstanceState, InstanceStatus
+from engine_registry.schema.status import InstanceStatus
 
 
 class AllInstances(Kept):
@@ -80,7 +80,7 @@ class AllInstances(Kept):
                 roster = self._rosters.setdefault(name, Roster(name))
                 roster.see(change)
                 self._statuses.pop(name, None)
-                if roster.state is InstanceState.GONE:
+                if roster.empty:
                     del self._rosters[name]
             self._is_news = True
             self._news.notify_all()

@@ -68,6 +68,8 @@ class Tracker:
                     self._doubtful.setdefault(record.key, now + self._blip_s)
             for key in [key for key in roster.damaged if key not in present]:
                 del roster.damaged[key]
+            for held in [held for held in roster.held.values() if held.key not in present]:
+                del roster.held[held.rank]
         for item in snapshot.items:
             events += self._put(item)
         return events + self._report(set(self._rosters)) + self._released(snapshot.items)
@@ -84,6 +86,7 @@ class Tracker:
                 events += self._put(change)
             elif place[0] in self._rosters:
                 roster = self._rosters[place[0]]
+                roster.held.pop(place[1], None)  # no loss: that was when its process ended
                 if roster.damaged.pop(change.key, None) is None and place[1] in roster.records:
                     self._doubtful.setdefault(change.key, now + self._blip_s)
         return events + self._report(touched) + self._released(changes)
@@ -141,12 +144,13 @@ class Tracker:
             record = decode_item(item)
         except RecordDamaged as exc:
             roster.damage(item.key, exc)
+            roster.held.pop(rank, None)
             return self._lose(roster, rank, "record damaged") if known else []
         roster.damaged.pop(item.key, None)
         if record.ended:
-            if known is None:
-                return []
-            return self._lose(roster, rank, record.ended, record.eviction, record.held_until)
+            lost = self._lose(roster, rank, record.ended, record.eviction, record.held_until)
+            roster.end(record)
+            return lost
         self._doubtful.pop(item.key, None)
         roster.put(record)
         if known is None:
@@ -181,6 +185,7 @@ class Tracker:
             if state is InstanceState.GONE:  # an instance that is gone leaves no memory behind
                 self._reported.pop(instance, None)
                 self._releases.pop(instance, None)
+            if roster.empty:
                 del self._rosters[instance]
         return events
 

@@ -134,14 +134,18 @@ def why_none_is(
             else f"instance {' or '.join(map(repr, names))}"
         )
         isnt = "is registered" if isinstance(wanted, ModelIdentity) else "is not registered"
+        held = "".join(
+            f"; {each.instance!r}: {each.held_summary}" for each in statuses if each.held
+        )
         return InstanceNotFound(
-            f"{who} {isnt}{waited}",
+            f"{who} {isnt}{waited}{held}",
             "start its ranks, or see `Registry.instances()`",
             instances=names,
         )
     return InstanceIncomplete(
         "; ".join(
-            f"instance {status.instance!r} is not ready{waited}: {status.summary}"
+            f"instance {status.instance!r} is not ready{waited}: "
+            + "; ".join(filter(None, [status.summary, status.held_summary]))
             for status in found
         ),
         instances=names,

@@ -616,6 +616,7 @@ def test_the_object_of_an_instance_keeps_its_fields() -> None:
         "present": [1],
         "missing": [0],
         "unresponsive": [],
+        "held": [],
         "problems": [],
         "model": {
             "name": "qwen",

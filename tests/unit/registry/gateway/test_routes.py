@@ -341,6 +341,11 @@ def test_a_rank_of_our_library_is_served_while_it_is_ready_and_not_while_its_wei
         assert state.value in get().json()["detail"]
     service.etcd.put(record.key, encode(replace(record, ended="evicted")))
     assert "has ended: evicted" in get().json()["detail"]
+    until = "2026-01-02T03:09:05.678Z"
+    held = replace(record, ended="process ended", held_until=until)
+    service.etcd.put(record.key, encode(held))
+    assert get().status_code == 404
+    assert f"is held until {until}: its process has ended" in get().json()["detail"]
     service.etcd.put(record.key, encode(record))
     assert get().status_code == 200
 

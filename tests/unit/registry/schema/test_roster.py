@@ -42,6 +42,7 @@ FIELDS = st.fixed_dictionaries(
         "labels": st.sampled_from([{}, {"tier": "x", "team": "y"}, {"team": "y", "tier": "x"}]),
         "incarnation": st.just(OTHER_INCARNATION),
         "ended": st.sampled_from(["", "withdrawn"]),
+        "held_until": st.sampled_from(["", "2026-01-02T03:09:05.678Z"]),
     },
 )
 CHANGES = st.one_of(
@@ -75,8 +76,9 @@ def test_after_any_changes_a_roster_says_what_assess_says_of_the_records(
         said.append((roster.status(), wanted))
         assert roster.state is wanted.state
         assert list(assess_all(items.values())) == (
-            [wanted] if wanted.state is not InstanceState.GONE else []
+            [wanted] if wanted.state is not InstanceState.GONE or wanted.held else []
         )
+        assert roster.empty == (wanted.state is InstanceState.GONE and not wanted.held)
     assert all(status == wanted for status, wanted in said)  # no later change has changed one
 
 
@@ -243,3 +245,64 @@ def test_what_is_asked_of_a_status_first_makes_no_difference() -> None:
     assert pickle.loads(pickle.dumps(other)) == asked  # noqa: S301  ours
     assert replace(other, records=()) == InstanceStatus("qwen", InstanceState.READY)
     assert repr(other) == repr(asked)
+
+
+UNTIL = "2026-01-02T03:09:05.678Z"
+
+
+def held(rank: int = 0, until: str = UNTIL, **fields: Any) -> RankRecord:
+    return a_record(rank=rank, ended="process ended", held_until=until, **fields)
+
+
+def test_an_instance_is_gone_but_known_while_a_rank_is_held() -> None:
+    roster = Roster("qwen")
+    roster.see(stored(a_record()))
+    assert roster.end(held()) == a_record()
+    assert roster.end(held()) is None  # it had ended already
+    status = roster.status()
+    assert (roster.state, status.state, roster.empty) == (*[InstanceState.GONE] * 2, False)
+    assert (status.records, status.held, status.missing) == ((), (held(),), (0, 1))
+    assert (status.world_size, status.model, status.nbytes) == (2, MODEL, 0)
+    roster.see(Deletion(record_key("qwen", 0), 2))
+    assert roster.empty
+    assert roster.status() == InstanceStatus("qwen", InstanceState.GONE)
+
+
+def test_a_rank_that_is_held_is_missing_and_said_to_be_held() -> None:
+    roster = Roster("qwen")
+    for rank in (0, 1):
+        roster.see(stored(held(rank, world_size=3)))
+    roster.see(stored(a_record(rank=2, world_size=3)))
+    status = roster.status()
+    assert (status.state, status.missing) == (InstanceState.DEGRADED, (0, 1))
+    assert status.summary == "missing ranks 0-1 of 3"
+    assert status.held_summary == f"ranks 0-1 are held until {UNTIL}: their processes have ended"
+    assert roster.lacking(3) == dict.fromkeys((0, 1), f"held until {UNTIL}: its process has ended")
+    roster.see(stored(a_record(rank=0, world_size=3, incarnation=OTHER_INCARNATION)))
+    assert roster.status().held_summary == f"rank 1 is held until {UNTIL}: its process has ended"
+    roster.see(stored(a_record(rank=1, world_size=3, incarnation=OTHER_INCARNATION)))
+    assert (roster.state, roster.status().held) == (InstanceState.READY, ())
+    assert status.held == (held(0, world_size=3), held(1, world_size=3))  # as it was then
+
+
+def test_of_several_held_ranks_the_first_that_goes_is_told() -> None:
+    roster = Roster("qwen")
+    roster.see(stored(held(0, "2026-01-02T03:09:59.000Z")))
+    roster.see(stored(held(1)))
+    assert UNTIL in roster.status().held_summary
+
+
+def test_a_rank_of_a_larger_launch_that_is_held_leaves_a_smaller_one_ready() -> None:
+    roster = Roster("qwen")
+    roster.see(stored(held(1)))
+    roster.see(stored(a_record(world_size=1)))
+    status = roster.status()
+    assert (status.state, status.missing, status.held) == (InstanceState.READY, (), (held(1),))
+
+
+@pytest.mark.parametrize("after", [stored(a_record(ended="evicted")), garbage()])
+def test_a_held_rank_whose_key_says_another_thing_is_not_held_any_more(after: KeyValue) -> None:
+    roster = Roster("qwen")
+    roster.see(stored(held()))
+    roster.see(after)
+    assert roster.status().held == ()

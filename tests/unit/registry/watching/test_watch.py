@@ -444,6 +444,94 @@ def test_a_watch_whose_inbox_is_full_stops(monkeypatch: pytest.MonkeyPatch) -> N
     assert watch._inbox.join(60)
 
 
+# -- ranks whose memory is held
+# --------------------------------------------------------------------------------------------------
+
+UNTIL = "2026-01-02T03:09:05.678Z"
+
+
+def held(record: RankRecord) -> RankRecord:
+    return replace(record, ended="process ended", held_until=UNTIL)
+
+
+def test_a_rank_that_is_held_is_lost_once_and_its_loss_says_until_when_it_is_held() -> None:
+    tracker = following(A, B)
+    lost, degraded = tracker.changes((stored(held(B), 2),), 10.0)
+    assert lost == RankLost(B, "process ended", None, UNTIL)
+    assert isinstance(degraded, InstanceDegraded)
+    assert (degraded.status.missing, degraded.status.held) == ((1,), (held(B),))
+    assert tracker.changes((stored(held(B), 3),), 11.0) == []
+    assert tracker.changes((deleted(B),), 12.0) == []  # its time is over
+    assert tracker.due is None
+
+
+def test_a_process_that_takes_the_place_of_a_held_rank_joins_without_another_loss() -> None:
+    tracker = following(A, B)
+    tracker.changes((stored(held(B), 2),), 10.0)
+    heir = replace(B, incarnation=OTHER_INCARNATION, pid=9)
+    joined, ready = tracker.changes((stored(heir, 3),), 11.0)
+    assert joined == RankJoined(heir)
+    assert isinstance(ready, InstanceReady)
+    assert (ready.status.held, ready.status.records) == ((), (A, heir))
+
+
+def test_an_instance_whose_ranks_are_all_held_is_gone_and_what_it_had_is_remembered() -> None:
+    tracker = following(A, B)
+    events = tracker.changes((stored(held(A), 2), stored(held(B), 3)), 10.0)
+    assert kinds(events) == [RankLost, RankLost, InstanceGone]
+    assert isinstance(gone := events[-1], InstanceGone)
+    assert gone.status.held == (held(A), held(B))
+    heir = replace(A, incarnation=OTHER_INCARNATION, pid=9)
+    joined, degraded = tracker.changes((stored(heir, 4),), 11.0)
+    assert joined == RankJoined(heir)
+    assert isinstance(degraded, InstanceDegraded)
+    assert degraded.status.held == (held(B),)
+
+
+@pytest.mark.parametrize("ends", [deleted(ALONE), stored(replace(ALONE, ended="evicted"), 3)])
+def test_nothing_is_left_of_a_held_instance_whose_time_is_over(ends: Change) -> None:
+    tracker = following(ALONE)
+    tracker.changes((stored(held(ALONE), 2),), 10.0)
+    assert tracker.changes((ends,), 11.0) == []
+    assert tracker.changes((stored(ALONE, 4),), 12.0)[0] == RankJoined(ALONE)
+    assert not tracker._rosters["qwen"].held
+
+
+def test_a_watch_that_begins_while_ranks_are_held_tells_of_those_that_live() -> None:
+    tracker = Tracker()
+    joined, degraded = tracker.snapshot(snapshot(stored(A), stored(held(B))), 0.0)
+    assert joined == RankJoined(A)
+    assert isinstance(degraded, InstanceDegraded)
+    assert degraded.status.held == (held(B),)
+    assert Tracker().snapshot(snapshot(stored(held(A)), stored(held(B))), 0.0) == []
+
+
+def test_a_watch_that_resumes_forgets_ranks_that_are_not_held_any_more() -> None:
+    tracker = following(A, B)
+    tracker.changes((stored(held(B), 2),), 10.0)
+    assert tracker.snapshot(snapshot(stored(A)), 20.0) == []
+    assert not tracker._rosters["qwen"].held
+
+
+def test_a_rank_that_is_written_as_held_after_its_key_was_gone_is_lost_once() -> None:
+    tracker = following(A, B)
+    assert tracker.changes((deleted(B),), 10.0) == []
+    (lost, _) = tracker.changes((stored(held(B), 3),), 10.5)  # within the time of a blip
+    assert lost == RankLost(B, "process ended", None, UNTIL)
+    assert tracker.due is None
+    tracker = following(A, B)
+    tracker.changes((deleted(B),), 10.0)
+    assert of_ranks(tracker.expire(11.0)) == [RankLost(B, EXPIRED)]
+    assert tracker.changes((stored(held(B), 3),), 12.0) == []
+
+
+def test_a_held_record_that_is_damaged_is_not_held_and_no_loss() -> None:
+    tracker = following(A, B)
+    tracker.changes((stored(held(B), 2),), 10.0)
+    assert of_ranks(tracker.changes((garbage(rank=1),), 11.0)) == []
+    assert not tracker._rosters["qwen"].held
+
+
 # -- any sequence of changes
 # --------------------------------------------------------------------------------------------------
 
@@ -460,6 +548,7 @@ LIVE = st.fixed_dictionaries(
 SEEN = st.one_of(
     st.tuples(st.just("put"), PLACES, LIVE),
     st.tuples(st.just("end"), PLACES, LIVE),
+    st.tuples(st.just("hold"), PLACES, LIVE),
     st.tuples(st.just("damage"), PLACES),
     st.tuples(st.just("delete"), PLACES),
     st.tuples(st.just("wait"), st.sampled_from([0.3, 0.7, 1.5])),
@@ -481,13 +570,11 @@ class World:
 
     def do(self, step: tuple[Any, ...]) -> None:
         match step:
-            case ("put" | "end", (instance, rank), fields):
-                ended = "withdrawn" if step[0] == "end" else ""
-                self._change(
-                    stored(
-                        a_record(instance=instance, rank=rank, ended=ended, **fields), self.revision
-                    )
-                )
+            case ("put" | "end" | "hold", (instance, rank), fields):
+                record = a_record(instance=instance, rank=rank, **fields)
+                if step[0] == "end":
+                    record = replace(record, ended="withdrawn")
+                self._change(stored(held(record) if step[0] == "hold" else record, self.revision))
             case ("damage", (instance, rank)):
                 self._change(garbage(instance, rank))
             case ("delete", (instance, rank)):
@@ -511,10 +598,15 @@ class World:
         if not self.blind:
             self.events += self.tracker.changes((change,), self.now)
 
-    def live(self) -> dict[str, RankRecord]:
+    def records(self) -> dict[str, RankRecord]:
         good = [item for item in self.items.values() if item.value != b"{"]
-        records = {item.key: decode(item.key, item.value) for item in good}
-        return {key: record for key, record in records.items() if not record.ended}
+        return {item.key: decode(item.key, item.value) for item in good}
+
+    def live(self) -> dict[str, RankRecord]:
+        return {key: record for key, record in self.records().items() if not record.ended}
+
+    def held(self) -> dict[str, RankRecord]:
+        return {key: record for key, record in self.records().items() if record.held}
 
 
 def replayed(events: list[Event]) -> dict[str, RankRecord]:
@@ -546,6 +638,9 @@ def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_record
         assert world.tracker.due is None or world.tracker.due > world.now
     assert replayed(world.events) == world.live()
     assert world.tracker.due is None
+    rosters = world.tracker._rosters.values()
+    assert {each.key: each for one in rosters for each in one.held.values()} == world.held()
+    assert not any(roster.empty for roster in rosters)
 
 
 @given(STEPS)
@@ -583,7 +678,8 @@ class AssessedRoster(Roster):
         return self.status().state
 
     def status(self) -> InstanceStatus:
-        return assess(self.instance, self.records.values(), tuple(map(str, self.damaged.values())))
+        known = [*self.records.values(), *self.held.values()]
+        return assess(self.instance, known, tuple(map(str, self.damaged.values())))
 
 
 @given(STEPS)
