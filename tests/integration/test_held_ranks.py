@@ -123,6 +123,7 @@ def test_a_watch_tells_of_one_loss_and_of_the_process_that_takes_the_place(
 ) -> None:
     put_ranks(etcd, "a", 2)
     with registry.watch("a") as watch, registry.follow_instances() as instances:
+        events_until(watch, lambda event: isinstance(event, InstanceReady))
         one, other = registry.ranks("a")
         hold(etcd, other)
         lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
@@ -160,3 +161,29 @@ def test_an_operator_evicts_what_is_held(engines: Run, etcd: Etcd, registry: Reg
     put_ranks(etcd, "b", 2, **HELD)
     assert len(engines("evict", "b").stdout.splitlines()) == 2
     assert [status.instance for status in registry.instances()] == ["a"]
+
+
+def test_an_operator_frees_what_is_held_and_nothing_else(
+    engines: Run, etcd: Etcd, registry: Registry
+) -> None:
+    put_ranks(etcd, "a", 3)
+    for record in registry.ranks("a")[1:]:
+        hold(etcd, record)
+    freed = engines("release", "a", "--held", "--rank", "2")
+    assert (freed.returncode, freed.stdout) == (Exit.DONE, "freed a/2: 16 B on host ?\n")
+    assert [record.rank for record in registry.instance("a").held] == [1]
+    assert json.loads(engines("release", "a", "--held", "--json").stdout) == {
+        "instance": "a",
+        "freed": [{"rank": 1, "held_until": UNTIL, "nbytes": 16, "host": "", "device": ""}],
+    }
+    assert [record.rank for record in registry.ranks("a")] == [0]
+    for args, why in [
+        (("a", "--held"), "no rank is held: nothing of 'a' is to be freed"),
+        (("a", "--held", "--rank", "0"), "rank 0 of 'a' is not held"),
+        (("a", "--held", "--rank", "1"), "rank 1 of 'a' is not registered"),
+        (("b", "--held"), "'b' is not registered"),
+    ]:
+        failed = engines("release", *args)
+        assert (failed.returncode, why in failed.stderr) == (Exit.INSTANCE, True), failed.stderr
+    for args in [("a", "--rank", "0"), ("a", "--held", "--version", "1")]:
+        assert engines("release", *args).returncode == Exit.USAGE

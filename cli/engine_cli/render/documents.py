@@ -40,7 +40,7 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
         "present": [record.rank for record in status.records],
         "missing": list(status.missing),
         "unresponsive": list(status.unresponsive),
-        "held": [_held_json(record) for record in status.held],
+        "held": [held_json(record) for record in status.held],
         "problems": list(status.problems),
         "model": model_json(first) if first else None,
         "generation": first.generation if first else None,
@@ -51,7 +51,7 @@ def instance_json(status: InstanceStatus) -> dict[str, Any]:
     }
 
 
-def _held_json(record: RankRecord) -> dict[str, Any]:
+def held_json(record: RankRecord) -> dict[str, Any]:
     return {
         "rank": record.rank,
         "held_until": record.held_until,
