@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+import engine_registry.registration.metrics  # noqa: F401  declares what is counted of keepers
 from engine_registry.errors import RecordDamaged
 from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, absolute, parse_endpoints

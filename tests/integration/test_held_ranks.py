@@ -1,5 +1,5 @@
 """Ranks whose process has ended and whose memory is held, as operators, loads, watches and cleanup
-meet them. Their records are written here: keepers that write them are in test_hold.
+meet them. The first tests write their records; the last ones have real keepers that hold memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from engine_cli.exits import Exit
 from engine_registry import (
@@ -23,6 +25,7 @@ from engine_registry import (
     RankLost,
     RankRecord,
     Registry,
+    let_go_of_device,
 )
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.client import Etcd
@@ -31,7 +34,8 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.schema.keyvalue import Delete, Put
 from engine_registry.schema.moment import utc
 from engine_registry.schema.record_format import encode
-from tests.integration.conftest import Processes, events_until
+from engine_registry.telemetry import metrics
+from tests.integration.conftest import Processes, events_until, line_of
 from tests.support.ranks import put_ranks
 from tests.support.waiting import wait_until
 
@@ -187,3 +191,76 @@ def test_an_operator_frees_what_is_held_and_nothing_else(
         assert (failed.returncode, why in failed.stderr) == (Exit.INSTANCE, True), failed.stderr
     for args in [("a", "--rank", "0"), ("a", "--held", "--version", "1")]:
         assert engines("release", *args).returncode == Exit.USAGE
+
+
+# -- held by real keepers
+# --------------------------------------------------------------------------------------------------
+
+
+def killed(processes: Processes, instance: str, rank: int, device: str = "GPU-1") -> int:
+    """A rank of two whose process has been killed and whose memory is held: its keeper's pid."""
+    args = (instance, str(rank), "2", "600", device)
+    process = processes.start("-m", "tests.support.processes.holding", *args)
+    keeper = int(line_of(process).split()[1])
+    process.kill()
+    process.wait(60)
+    return keeper
+
+
+def test_a_list_names_ranks_as_soon_as_their_keepers_hold_them(
+    engines: Run, processes: Processes, registry: Registry
+) -> None:
+    with registry.watch("a") as watch:
+        killed(processes, "a", 0)
+        lost = events_until(watch, lambda event: isinstance(event, RankLost))[-1]
+        assert isinstance(lost, RankLost)
+        assert (lost.reason, lost.held_until != "") == ("process ended", True)
+        (listed,) = json.loads(engines("list", "--json").stdout)["instances"]
+    assert (listed["state"], listed["held"][0]["held_until"]) == ("held", lost.held_until)
+
+
+def test_what_an_operator_frees_is_let_go_by_its_keeper(
+    engines: Run, processes: Processes, registry: Registry
+) -> None:
+    keepers = [killed(processes, "a", rank) for rank in range(2)]
+    wait_until(lambda: len(registry.instance("a").held) == 2)
+    assert engines("release", "a", "--held", "--rank", "1").stdout.startswith("freed a/1: 16 B")
+    wait_until(lambda: not Path(f"/proc/{keepers[1]}").exists())
+    assert [record.rank for record in registry.instance("a").held] == [0]
+    assert engines("evict", "a").returncode == Exit.DONE
+    wait_until(lambda: not Path(f"/proc/{keepers[0]}").exists())
+    assert registry.instances() == ()
+
+
+def test_the_doctor_finds_memory_that_is_held_here_and_says_how_to_free_it(
+    engines: Run, processes: Processes, registry: Registry, namespace: str
+) -> None:
+    instance = f"a{namespace[1:]}"  # other tests run on this host
+    keeper = killed(processes, instance, 0)
+    wait_until(lambda: len(registry.instance(instance).held) == 1)
+    checks = json.loads(engines("doctor", "--json").stdout)["checks"]
+    (found,) = [each for each in checks if f"{instance}/0" in each["what"]]
+    assert (found["check"], found["status"]) == ("memory.held", "warn")
+    assert "holds 16 B on GPU-1: its process has ended; 600 s left" in found["what"]
+    assert f"engines release {instance} --held --rank 0" in found["mend"]
+    assert found["mend"].endswith(f"kill -KILL {keeper}")
+
+
+def test_a_metric_has_the_bytes_that_are_held_by_device(
+    processes: Processes, registry: Registry, namespace: str
+) -> None:
+    def shown() -> float | None:
+        labels = {"device": device}
+        return collectors.get_sample_value("engines_registry_held_bytes", labels)
+
+    collectors, device = CollectorRegistry(), f"GPU{namespace}"  # other tests run on this host
+    with metrics.counting(collectors):
+        assert shown() is None
+        killed(processes, "a", 0, device)
+        killed(processes, "a", 1, device)
+        wait_until(lambda: shown() == 32)
+        registry.let_go_of_held("a", 0)
+        wait_until(lambda: shown() == 16)
+        assert let_go_of_device(device) == 16
+        assert shown() is None
+    wait_until(lambda: registry.instances() == ())

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine_cli.connection import config_of
-from engine_cli.doctor import engine, network, peer, plugins, python, rdma, sockets
+from engine_cli.doctor import engine, held, network, peer, plugins, python, rdma, sockets
 from engine_cli.doctor.child import Probe
 from engine_cli.doctor.endpoints import all_loopback
 from engine_cli.doctor.etcd import EtcdChecks
@@ -119,6 +119,7 @@ def _machine_checks(asked: Asked, config: EtcdConfig | None, here_s: float) -> l
             _LATE,
         ),
         Check("network.files", network.check_files, here_s, _LATE),
+        Check(held.CHECK, held.check_held, here_s, _LATE),
         Check("rdma.devices", lambda: rdma.check_devices(rdma_wanted), here_s, _LATE),
         Check("rdma.memlock", lambda: rdma.check_memlock(rdma_wanted), here_s, _LATE),
         Check("rdma.libibverbs", lambda: rdma.check_libibverbs(asked.protocol), here_s, _LATE),

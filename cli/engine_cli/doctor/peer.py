@@ -20,6 +20,7 @@ from engine_cli.suggestions import did_you_mean
 from engine_registry.errors import InvalidField
 from engine_registry.schema.address import host_of, is_loopback, parse_session
 from engine_registry.schema.printable import count
+from engine_registry.schema.status import why_held
 
 if TYPE_CHECKING:
     from engine_registry.etcd.client import Etcd
@@ -152,22 +153,26 @@ def judge_instance(status: InstanceStatus, rank: int | None, others: Sequence[st
     """`others` are the names of instances that are registered."""
     name = "peer.registered"
     if not status.records and not status.problems:
+        held = f": {status.held_summary}" if status.held else ""
         return fail(
             name,
-            f"{status.instance} is not registered",
-            did_you_mean(status.instance, others)
+            f"{status.instance} is not registered{held}",
+            f"start its ranks again: see engines show {status.instance}"
+            if held
+            else did_you_mean(status.instance, others)
             or "see engines list; is it in another --namespace?",
         )
     if rank is not None and all(record.rank != rank for record in status.records):
+        held = "".join(f": it is {why_held(one)}" for one in status.held if one.rank == rank)
         return fail(
             name,
-            f"rank {rank} of {status.instance} is not registered",
+            f"rank {rank} of {status.instance} is not registered{held}",
             f"see engines show {status.instance}, and that rank's log",
         )
     if status.missing:
         return fail(
             name,
-            f"{status.instance}: {status.summary}",
+            f"{status.instance}: {status.why}",
             "start the missing ranks, or look at their logs",
         )
     if status.problems:

@@ -48,8 +48,7 @@ def event_text(event: Event | InstanceCleaned) -> str:
         return ready_text(event.status)
     if isinstance(event, InstanceDegraded):
         state = state_of(event.status)
-        why = said_of(event.status)
-        return f"{event.status.instance} {state}: {printable(why)}"
+        return f"{event.status.instance} {state}: {printable(event.status.why)}"
     if isinstance(event, InstanceGone):
         held = event.status.held_summary
         return f"{event.status.instance} gone{f': {printable(held)}' if held else ''}"
@@ -100,11 +99,6 @@ def why_not_ready(status: InstanceStatus) -> str:
     """For people, with the ranks that do not answer, and those that are held now."""
     silent = f"{named(status.unresponsive)} {UNRESPONSIVE}" if status.unresponsive else ""
     return "; ".join(filter(None, [status.summary, ranks_held(status.held), silent]))
-
-
-def said_of(status: InstanceStatus) -> str:
-    """Why it is not ready, in a text that stays."""
-    return "; ".join(filter(None, [status.summary, status.held_summary]))
 
 
 def answering(record: RankRecord) -> str:

@@ -165,8 +165,8 @@ class InstanceStatus:
 
     @property
     def summary(self) -> str:
-        """Why it is not ready, for a message; empty where it is. `held_summary` has more of ranks
-        that are held.
+        """Why it is not ready, for a message; empty where it is. `why` also has the ranks that are
+        held.
         """
         reasons = list(self.problems)
         if self.missing:
@@ -186,6 +186,11 @@ class InstanceStatus:
         if len(self.held) > 1:
             return f"{ranks} are held until {until}: their processes have ended"
         return f"{ranks} is {why_held(self.held[0])}"
+
+    @property
+    def why(self) -> str:
+        """Why it is not ready, and which ranks are held, for a message."""
+        return "; ".join(filter(None, [self.summary, self.held_summary]))
 
 
 def why_held(record: RankRecord) -> str:

@@ -144,9 +144,7 @@ def why_none_is(
         )
     return InstanceIncomplete(
         "; ".join(
-            f"instance {status.instance!r} is not ready{waited}: "
-            + "; ".join(filter(None, [status.summary, status.held_summary]))
-            for status in found
+            f"instance {status.instance!r} is not ready{waited}: {status.why}" for status in found
         ),
         instances=names,
         missing={status.instance: list(status.missing) for status in found},

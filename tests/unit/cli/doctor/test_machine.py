@@ -419,6 +419,20 @@ def test_an_instance_whose_ranks_are_not_ready_warns() -> None:
     )
 
 
+def test_an_instance_or_a_rank_that_is_not_registered_but_held_is_said_to_be() -> None:
+    until = "2026-01-02T03:09:05.678Z"
+    held = a_record(ended="process ended", held_until=until)
+    why = f"held until {until}: its process has ended"
+    gone = judge_instance(assess("qwen", [held]), None)
+    assert (gone.status, gone.what) == (
+        Status.FAIL,
+        f"qwen is not registered: rank 0 is {why}",
+    )
+    half = assess("qwen", [held, a_record(rank=1)])
+    assert judge_instance(half, None).what == f"qwen: missing rank 0 of 2; rank 0 is {why}"
+    assert judge_instance(half, 0).what == f"rank 0 of qwen is not registered: it is {why}"
+
+
 LISTENS = Dialled(0.001)
 HEADER = {"error": "", "read_s": 0.0005, "contact_s": 0.003, "version": 3, "updating": False}
 

@@ -37,6 +37,7 @@ from engine_registry.registration.writes import ENDINGS
 from engine_registry.schema.keys import pull_key
 from engine_registry.schema.keyvalue import Deletion, KeyValue
 from engine_registry.telemetry import meters, metrics
+from engine_registry.telemetry.info import Measured
 from engine_registry.telemetry.meters import Counter, Gauge, Meter
 from engine_registry.watching.metrics import WatchMetrics
 from tests.support.builders import INCARNATION, OTHER_INCARNATION, a_record
@@ -162,6 +163,18 @@ def test_what_is_declared_later_is_counted_too(
     late = Counter("engines_test_late", "Declared while somebody asks.", ["reason"], ["a", "b"])
     late.inc("b", 2)
     assert series(counted, "engines_test_late_total") == {("a",): 0, ("b",): 2}
+
+
+def test_a_gauge_that_is_measured_shows_at_each_scrape_what_there_is_then(
+    counted: CollectorRegistry, declared: list[Meter]
+) -> None:
+    there = {"host": 5.0}
+    Measured("engines_test_measured", "Looked up.", "device", lambda: there)
+    assert series(counted, "engines_test_measured") == {("host",): 5}
+    there = {"GPU-1": 7.0, "GPU-2": 0.0}
+    assert series(counted, "engines_test_measured") == {("GPU-1",): 7, ("GPU-2",): 0}
+    there = {}
+    assert series(counted, "engines_test_measured") == {}
 
 
 def test_every_value_that_a_label_can_have_is_there_from_the_first_scrape_on(
@@ -548,7 +561,7 @@ def test_a_source_that_was_given_up_has_a_reason(
 
 def test_gauges_with_free_labels_are_few_and_never_name_a_tensor() -> None:
     free = {label for meter in metrics.declared() if not meter.values for label in meter.labels}
-    assert free == {"engine_instance", "state"}
+    assert free == {"engine_instance", "state", "device"}
     assert all(
         isinstance(meter, Gauge)
         for meter in metrics.declared()
