@@ -60,6 +60,21 @@ def test_the_table_follows_what_comes_changes_and_goes(
         assert terminal.line("b") == ""
 
 
+def test_ranks_that_are_held_stay_in_the_table_with_the_time_that_is_left(
+    listing: Listing, processes: Processes, registry: Registry
+) -> None:
+    args = ("-m", "tests.support.processes.holding", "a", "0", "1", "391", "host")
+    rank = processes.start(*args)
+    assert line_of(rank).startswith("registered")
+    with listing() as terminal:
+        terminal.wait_for("1 instance: 1 ready")
+        rank.kill()
+        terminal.wait_for("1 instance: 1 held")
+        terminal.wait_for("missing rank 0 of 1; rank 0 held 16 B, 390 s left")
+        registry.let_go_of_held("a")
+        terminal.wait_for("no instance is registered")
+
+
 def test_it_shows_how_far_loads_are(listing: Listing, registry: Registry) -> None:
     with (
         register(registry, "a"),

@@ -48,7 +48,7 @@ class Election(Closable):
         False if we do not lead.
 
         Its keeper renews the lease whatever our threads do, and ends it as soon as our process has
-        ended.
+        ended; where it holds our memory then, when it lets go.
         """
         return self._campaign.keep_with(record)
 
