@@ -89,4 +89,4 @@ class Feed:
             self._away_since = utc()
         with self._lock:
             self._state.away(self._away_since, away.what if away else "")
-            self._state.look(self._pulls.now(), now, self._pulls.unseen)
+            self._state.look(self._pulls.now(), now, self._pulls.unseen, self._watch.held)

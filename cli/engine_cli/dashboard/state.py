@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+from engine_cli.dashboard.absent import MISSING, held_row, lost_row
 from engine_cli.dashboard.journal import Changes, Journal
 from engine_cli.dashboard.picture import bounded, picture
 from engine_cli.render.board import Speeds
 from engine_cli.render.documents import EVENTS
 from engine_cli.render.flows import Flows, reader_of
-from engine_cli.render.states import UNRESPONSIVE, rank_state_of
-from engine_cli.render.texts import answering, event_text, loss, reads_from, why_not_ready
+from engine_cli.render.states import UNRESPONSIVE, rank_state_of, state_of
+from engine_cli.render.texts import answering, event_text, reads_from, why_not_ready
 from engine_registry import (
     Event,
     InstanceDegraded,
@@ -54,6 +55,7 @@ class State:
         self._rosters: dict[str, Roster] = {}
         self._told: dict[str, InstanceStatus] = {}  # as the watch last reported it
         self._lost: dict[tuple[str, int], dict[str, Any]] = {}
+        self._held: dict[str, dict[int, RankRecord]] = {}
         self._shown: dict[str, set[int]] = {}  # the ranks that the journal has
         self._touched: dict[str, set[int]] = {}  # since the last look
         self._speeds = Speeds()
@@ -74,7 +76,7 @@ class State:
             self._touched.setdefault(record.instance, set()).add(record.rank)
             if isinstance(event, RankLost):
                 roster.remove(record.rank)
-                self._lost[record.instance, record.rank] = _lost(event, at)
+                self._lost[record.instance, record.rank] = lost_row(event, at)
             else:
                 roster.put(record)
                 self._lost.pop((record.instance, record.rank), None)
@@ -89,11 +91,18 @@ class State:
         """Whether etcd can be reached: None, or since when not, and why."""
         self._journal.put(("etcd", ""), {"away_since": since, "reason": reason})
 
-    def look(self, pulls: Iterable[Pull], now: float, unseen: str | None = None) -> None:
+    def look(
+        self,
+        pulls: Iterable[Pull],
+        now: float,
+        unseen: str | None = None,
+        held: Iterable[RankRecord] = (),
+    ) -> None:
         """The tickets as they are at the time `now`, of any clock. From here on `since` tells all.
 
-        `unseen` is why tickets are not known.
+        `unseen` is why tickets are not known. `held` are the ranks that are held then.
         """
+        self._hold(held)
         before = self._flows
         self._flows = Flows(
             (record for roster in self._rosters.values() for record in roster.records.values()),
@@ -108,6 +117,17 @@ class State:
         self._touched = {}
         drawn = picture(self._flows, lambda reader: self._speeds.of(reader, now))
         self._journal.put(("picture", ""), {**drawn, "unseen": unseen})
+
+    def _hold(self, records: Iterable[RankRecord]) -> None:
+        """These and no others."""
+        before, self._held = self._held, {}
+        for record in records:
+            self._held.setdefault(record.instance, {})[record.rank] = record
+        for instance in before.keys() | self._held.keys():
+            one, other = before.get(instance, {}), self._held.get(instance, {})
+            for rank in one.keys() | other.keys():
+                if one.get(rank) is not other.get(rank):
+                    self._touched.setdefault(instance, set()).add(rank)
 
     def since(self, revision: int | None) -> Changes:
         return self._journal.since(revision)
@@ -151,11 +171,13 @@ class State:
 
     def _show(self, instance: str, ranks: set[int], now: float) -> None:
         roster = self._rosters.get(instance) or Roster(instance)
+        held = self._held.get(instance, {})
+        roster.held = {rank: each for rank, each in held.items() if rank not in roster.records}
         told = self._told.get(instance)
         if told is not None and told.state is InstanceState.GONE:
             del self._told[instance]
             told = None
-        if not roster.records and told is None:
+        if roster.empty and told is None:
             self._forget(instance)
             return
         status = roster.status()
@@ -164,7 +186,9 @@ class State:
         for rank in (shown | absent | ranks) - roster.records.keys():
             key = ("rank", f"{instance}/{rank}")
             if rank in absent:
-                gone = self._lost.get((instance, rank), {"state": "missing", "reason": ""})
+                gone = self._lost.get((instance, rank), MISSING)
+                if rank in roster.held:
+                    gone = {**gone, **held_row(roster.held[rank])}
                 self._journal.put(key, {"instance": instance, "rank": rank, **gone})
             else:
                 self._journal.delete(key)
@@ -222,7 +246,7 @@ class State:
             "content": _content(status),
             "labels": labels_text(status.labels),
             "nbytes": bounded(status.nbytes),
-            "why": told.summary if unread and told else why_not_ready(status),
+            "why": told.summary if unread and told else why_not_ready(status, stays=True),
             "fraction": self._flows.loaded(status),
             "speed": bounded(
                 sum(
@@ -242,6 +266,8 @@ def _begins_to_load(event: Event) -> bool:
 
 def _state(status: InstanceStatus) -> str:
     """For people: what is going on comes first, then what is missing or wrong."""
+    if status.state is InstanceState.GONE:
+        return state_of(status)
     if status.state is InstanceState.READY:
         return UNRESPONSIVE if status.unresponsive else "ready"
     if status.missing:
@@ -254,17 +280,6 @@ def _content(status: InstanceStatus) -> str:
     if len(status.contents) <= 1:
         return "".join(status.contents)[:_SHORT]
     return hashlib.blake2b(" ".join(status.contents).encode()).hexdigest()[:_SHORT]
-
-
-def _lost(event: RankLost, at: datetime) -> dict[str, Any]:
-    return {
-        "state": "lost",
-        "reason": loss(event),
-        "host": event.record.host,
-        "device": event.record.device,
-        "session": event.record.session_id,
-        "since": utc(at),
-    }
 
 
 def _time(text: str, default: datetime) -> datetime:

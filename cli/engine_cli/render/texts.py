@@ -95,10 +95,13 @@ def instance_state(status: InstanceStatus, loaded: float | None) -> str:
     return _loading(loaded) if state == LOADING else state
 
 
-def why_not_ready(status: InstanceStatus) -> str:
-    """For people, with the ranks that do not answer, and those that are held now."""
+def why_not_ready(status: InstanceStatus, stays: bool = False) -> str:
+    """For people, with the ranks that do not answer, and those that are held. If the text `stays`
+    for a while, with the time until which they are, and not with what is left of it now.
+    """
+    held = status.held_summary if stays else ranks_held(status.held)
     silent = f"{named(status.unresponsive)} {UNRESPONSIVE}" if status.unresponsive else ""
-    return "; ".join(filter(None, [status.summary, ranks_held(status.held), silent]))
+    return "; ".join(filter(None, [status.summary, held, silent]))
 
 
 def answering(record: RankRecord) -> str:

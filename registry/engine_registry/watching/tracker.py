@@ -107,6 +107,11 @@ class Tracker:
         """When the next loss is no longer in doubt, on the clock of the caller; None if none is."""
         return next(iter(self._doubtful.values()), None)
 
+    @property
+    def held(self) -> tuple[RankRecord, ...]:
+        """The last records of all ranks that are held."""
+        return tuple(record for roster in self._rosters.values() for record in roster.held.values())
+
     def _released(self, changes: Iterable[Change]) -> list[Event]:
         """After what is said of the instances. A release that is put back, as its rank was cut off
         from etcd for a while, is no event.

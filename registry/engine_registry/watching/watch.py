@@ -21,6 +21,7 @@ from engine_registry.lifetime import Closable
 from engine_registry.schema.keys import ENGINES, RELEASES, instance_prefix, release_key
 from engine_registry.schema.keyvalue import Batch, Snapshot
 from engine_registry.schema.labels import EVERYTHING, Selector
+from engine_registry.schema.record import RankRecord
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.events import Event, RankEvent
 from engine_registry.watching.inbox import Inbox
@@ -145,6 +146,13 @@ class Watch(Closable):
     def away(self) -> EtcdUnavailable | None:
         """Why there is no news: etcd cannot be reached. None while it can."""
         return self._follower.away
+
+    @property
+    def held(self) -> tuple[RankRecord, ...]:
+        """The last records of the ranks that are held now: no event says when they are not any
+        more. For the thread that iterates.
+        """
+        return self._tracker.held
 
     def stop(self) -> None:
         """Ends the iteration, a `next` that waits, and the callbacks. Waits for none of them.

@@ -128,5 +128,5 @@ export class Fleet {
 }
 
 function isThere(rank) {
-  return rank !== undefined && rank.state !== "lost" && rank.state !== "missing";
+  return rank !== undefined && !["lost", "held", "missing"].includes(rank.state);
 }

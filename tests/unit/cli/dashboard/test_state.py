@@ -51,7 +51,7 @@ class Page:
         return self.see(self.tracker.changes(tuple(map(stored, records)), 1.0))
 
     def look(self, *pulls: Any, now: float = 0.0) -> Page:
-        self.state.look(pulls, now)
+        self.state.look(pulls, now, held=self.tracker.held)
         told: Changes = self.state.since(self.revision)
         self.revision = told.revision
         for key, value in told.entries:
@@ -139,6 +139,36 @@ def test_a_lost_rank_that_comes_back_is_a_rank_again() -> None:
     page.changes(a_record(rank=1, topology={}, registered_at=NEW))
     assert page.rank("qwen/1")["state"] == "ready"
     assert page.instance()["state"] == "ready"
+
+
+def test_a_rank_that_is_held_has_a_row_that_says_until_when() -> None:
+    until = "2026-01-02T04:05:00.000Z"
+    ended = {"topology": {}, "ended": "process ended", "held_until": until}
+    page = Page().has(*two())
+    page.changes(a_record(rank=1, **ended))
+    row, instance = page.rank("qwen/1"), page.instance()
+    assert (row["state"], row["reason"], row["nbytes"]) == (
+        "held",
+        f"held until {until}: its process has ended",
+        16,
+    )
+    assert row["since"] == "2026-01-02T04:00:09.000Z"  # when it was lost
+    assert (instance["state"], instance["present"]) == ("incomplete", 1)
+    assert instance["why"] == f"missing rank 1 of 2; rank 1 is {row['reason']}"
+    page.see(page.tracker.changes((deleted(two()[1]),), 9.0))
+    assert (page.rank("qwen/1")["state"], page.instance()["why"]) == ("lost", "missing rank 1 of 2")
+
+
+def test_an_instance_whose_ranks_are_all_held_stays_until_they_are_not() -> None:
+    ended = {"topology": {}, "ended": "process ended", "held_until": "2026-01-02T04:05:00.000Z"}
+    held = [a_record(rank=rank, **ended) for rank in range(2)]
+    for page in (Page().has(*two()).changes(*held), Page().has(*held)):
+        assert (page.instance()["state"], page.instance()["world_size"]) == ("held", 2)
+        assert [page.rank(f"qwen/{rank}")["state"] for rank in range(2)] == ["held"] * 2
+        page.see(page.tracker.changes(tuple(map(deleted, held)), 9.0))
+        assert (page.instance(), page.rank("qwen/0")) == (None, None)
+        page.changes(*two())
+        assert page.instance()["state"] == "ready"
 
 
 def test_a_rank_that_never_came_has_a_row_too() -> None:

@@ -638,9 +638,8 @@ def test_whoever_replays_the_events_of_any_history_holds_exactly_the_live_record
         assert world.tracker.due is None or world.tracker.due > world.now
     assert replayed(world.events) == world.live()
     assert world.tracker.due is None
-    rosters = world.tracker._rosters.values()
-    assert {each.key: each for one in rosters for each in one.held.values()} == world.held()
-    assert not any(roster.empty for roster in rosters)
+    assert {record.key: record for record in world.tracker.held} == world.held()
+    assert not any(roster.empty for roster in world.tracker._rosters.values())
 
 
 @given(STEPS)
