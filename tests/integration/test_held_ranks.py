@@ -114,7 +114,7 @@ def test_a_load_from_an_instance_says_which_ranks_are_held(
     put_ranks(etcd, "b", 1, **HELD)
     with pytest.raises(InstanceIncomplete, match=f"rank 1 is held until {UNTIL}: its process has"):
         registry.resolve("a")
-    with pytest.raises(InstanceNotFound, match="'b' is not registered; 'b': rank 0 is held until"):
+    with pytest.raises(InstanceNotFound, match="is not registered: of 'b' rank 0 is held until"):
         registry.resolve("b")
     failed = engines("load", "b", "--rank", "0", "--wait", "0")
     assert (failed.returncode, "its process has ended" in failed.stderr) == (Exit.INSTANCE, True)

@@ -134,11 +134,11 @@ def why_none_is(
             else f"instance {' or '.join(map(repr, names))}"
         )
         isnt = "is registered" if isinstance(wanted, ModelIdentity) else "is not registered"
-        held = "".join(
-            f"; {each.instance!r}: {each.held_summary}" for each in statuses if each.held
+        held = "; ".join(
+            f"of {each.instance!r} {each.held_summary}" for each in statuses if each.held
         )
         return InstanceNotFound(
-            f"{who} {isnt}{waited}{held}",
+            f"{who} {isnt}{waited}{f': {held}' if held else ''}",
             "start its ranks, or see `Registry.instances()`",
             instances=names,
         )
