@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 import engine_registry.registration.metrics  # noqa: F401  declares what is counted of keepers
@@ -46,7 +45,6 @@ from engine_registry.schema.keys import (
     ENGINES,
     check_instance,
     evicted_key,
-    instance_prefix,
     record_key,
 )
 from engine_registry.schema.keyvalue import Snapshot
@@ -275,16 +273,9 @@ class Registry(Closable):
     def held(self, instance: str, rank: int | None = None) -> tuple[RankRecord, ...]:
         """The records of the instance's ranks whose processes have ended, and whose keepers hold
         their memory; or of this rank, if it is held.
-
-        A damaged record is left out.
         """
-        check_instance(instance)
-        prefix = record_key(instance, rank) if rank is not None else instance_prefix(instance)
-        held = []
-        for item in self._etcd.snapshot(prefix, exact=rank is not None).items:
-            with suppress(RecordDamaged):
-                held.append(decode_item(item))
-        return tuple(record for record in held if record.held)
+        held = self.instance(instance).held
+        return tuple(record for record in held if rank in (None, record.rank))
 
     def let_go_of_held(
         self, instance: str, rank: int | None = None, reason: str = ""
