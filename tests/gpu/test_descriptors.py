@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from engine_loader import CudaIpcEngine, Destination, load
-from engine_loader.engines.cuda_ipc.pieces import Pieces, is_by_descriptors
 from engine_loader.errors import LoaderError, SourceLost, TornRead
 from engine_loader.options import Verify
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import peer_of_record
+from engine_loader.sharing.pieces import Pieces, is_by_descriptors
 from engine_registry import Manifest, Region, Registry
 from engine_registry.errors import InstanceIncomplete, InstanceNotFound
 from engine_registry.etcd.local import LocalEtcd

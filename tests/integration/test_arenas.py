@@ -18,10 +18,10 @@ import torch
 from engine_loader import CudaIpcEngine, Engine, LoadOptions, LoadReport, SocketEngine, load
 from engine_loader.engines.base import read
 from engine_loader.engines.cuda_ipc import sources
-from engine_loader.engines.cuda_ipc.pieces import is_by_descriptors
 from engine_loader.errors import ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_loader.publishing.header import NBYTES, peer_of_record
+from engine_loader.sharing.pieces import is_by_descriptors
 from engine_registry import Manifest, RankRecord, Region, Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes

@@ -24,9 +24,9 @@ from engine_loader import CudaIpcEngine
 from engine_loader.engines import dial
 from engine_loader.engines.base import peer_of, read
 from engine_loader.engines.cuda_ipc import link, sources
-from engine_loader.engines.cuda_ipc.pieces import Pieces
 from engine_loader.errors import EngineUnavailable, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_loader.sharing.pieces import Pieces
 from engine_registry import Region
 from engine_registry.schema.manifest import Export
 from tests.support.forkserver import ForkServer, Program

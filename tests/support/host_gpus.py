@@ -18,10 +18,10 @@ from contextlib import closing
 import torch
 
 from engine_loader.engines.cuda_ipc.launch import Launch, Made
-from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_descriptors
 from engine_loader.engines.cuda_ipc.table import Copy, table_of
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineFailed
+from engine_loader.sharing.pieces import Allocation, Pieces, is_by_descriptors
 from engine_loader.tensors.host_memory import map_sealed, memory_at
 from engine_registry import Region
 from engine_registry.schema.manifest import Export

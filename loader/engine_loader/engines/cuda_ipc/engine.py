@@ -20,10 +20,9 @@ from typing import ClassVar
 import torch
 
 from engine_loader.engines.base import ClosableEngine, session_of
-from engine_loader.engines.cuda_ipc import link, offers
+from engine_loader.engines.cuda_ipc import link
 from engine_loader.engines.cuda_ipc.gpus import CudaGpus, Gpus
 from engine_loader.engines.cuda_ipc.launches import Launches
-from engine_loader.engines.cuda_ipc.pieces import is_by_descriptors
 from engine_loader.engines.cuda_ipc.sources import MappedSource, OwnSource, Sources
 from engine_loader.engines.cuda_ipc.tallies import Sums, Tallies
 from engine_loader.engines.dial import dial
@@ -31,6 +30,8 @@ from engine_loader.engines.machine import this_host
 from engine_loader.engines.region_book import RegionBook, Regions
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_loader.sharing import offers
+from engine_loader.sharing.pieces import is_by_descriptors
 from engine_loader.tensors.arena import Arena
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.registration.descriptors import Descriptors

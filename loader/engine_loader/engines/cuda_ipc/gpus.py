@@ -13,21 +13,21 @@ import torch
 
 from engine_loader.engines.cuda_ipc.launch import Launch, Made
 from engine_loader.engines.cuda_ipc.launcher import KERNELS, Launcher, prepare
-from engine_loader.engines.cuda_ipc.memory import SharedMemory
-from engine_loader.engines.cuda_ipc.pieces import Allocation
 from engine_loader.engines.cuda_ipc.table import Copy
 from engine_loader.engines.cuda_ipc.tallies import Sums
 from engine_loader.errors import EngineUnavailable
 from engine_loader.kernels.kernel import can_be_had
+from engine_loader.sharing.memory import SharedMemory
+from engine_loader.sharing.offers import Memory
 from engine_loader.tensors.cuda import check, device_here, device_of
 from engine_loader.tensors.cuda_memory import calls, on_gpu
 from engine_loader.tensors.modes import plain_torch
-from engine_registry.schema.manifest import Export, Region
+from engine_registry.schema.manifest import Export
 
 _PEER_ACCESS_ENABLED = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED: torch has done it
 
 
-class Gpus(Protocol):
+class Gpus(Memory, Protocol):
     """Where the engine reads from and to. GPUs are given by their numbers."""
 
     def gpu_of(self, addr: int) -> int | None:
@@ -41,12 +41,6 @@ class Gpus(Protocol):
 
     def can_be_shared(self, addr: int) -> bool:
         """Whether other processes can open the memory there."""
-
-    def allocations(self, region: Region) -> Sequence[Allocation]:
-        """What the region lies in; EngineFailed where others cannot open all of it."""
-
-    def descriptor(self, addr: int) -> int:
-        """A new one of the allocation there, which the caller closes; EngineFailed."""
 
     def open(self, export: Export, gpu: int) -> int:
         """Where that GPU has another process's allocations from now on.

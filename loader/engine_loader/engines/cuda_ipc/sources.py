@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from engine_loader.engines.base import session_of
 from engine_loader.engines.cuda_ipc import link
 from engine_loader.engines.cuda_ipc.gpus import Gpus
-from engine_loader.engines.cuda_ipc.pieces import is_on_host
 from engine_loader.engines.dial import failed
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
+from engine_loader.sharing.pieces import is_on_host
 from engine_registry.schema.manifest import Export
 
 LET_GO_S = 2.0  # after the last read from a source that has ended

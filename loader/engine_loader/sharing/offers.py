@@ -1,13 +1,13 @@
-"""What a source says of its memory, and what its keeper hands out of it."""
+"""What a rank says of its memory, and what its keeper hands out of it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
-from engine_loader.engines.cuda_ipc.gpus import Gpus
-from engine_loader.engines.cuda_ipc.pieces import Pieces, exports_of, is_by_descriptors
 from engine_loader.errors import EngineFailed
+from engine_loader.sharing.pieces import Allocation, Pieces, exports_of, is_by_descriptors
 from engine_registry.etcd.descriptors import check_left, explain
 from engine_registry.registration.descriptors import DescriptorPlace, Descriptors, close_all
 from engine_registry.schema.manifest import Export, Region
@@ -15,9 +15,19 @@ from engine_registry.schema.manifest import Export, Region
 _NOWHERE = DescriptorPlace(bytes(16), bytes(16))
 
 
-def check_whole(gpus: Gpus, region: Region) -> None:
+class Memory(Protocol):
+    """That of this process, as others can open it."""
+
+    def allocations(self, region: Region) -> Sequence[Allocation]:
+        """What the region lies in; EngineFailed where others cannot open all of it."""
+
+    def descriptor(self, addr: int) -> int:
+        """A new one of the allocation there, which the caller closes; EngineFailed."""
+
+
+def check_whole(memory: Memory, region: Region) -> None:
     """EngineFailed unless a reader has the region in one place."""
-    exports = exports_of(gpus.allocations(region), _NOWHERE)
+    exports = exports_of(memory.allocations(region), _NOWHERE)
     if not any(one.addr <= region.addr and region.end <= one.end for one in exports):
         raise EngineFailed(
             f"{region.nbytes} bytes at {region.addr:#x} are not one allocation of CUDA's",
@@ -25,18 +35,18 @@ def check_whole(gpus: Gpus, region: Region) -> None:
         )
 
 
-def are_by_descriptors(gpus: Gpus, region: Region) -> bool:
+def are_by_descriptors(memory: Memory, region: Region) -> bool:
     """Whether all allocations of the region are opened by descriptors; EngineFailed."""
-    return not any(one.handle for one in gpus.allocations(region))
+    return not any(one.handle for one in memory.allocations(region))
 
 
-def describe(gpus: Gpus, regions: Sequence[Region]) -> tuple[Export, ...]:
+def describe(memory: Memory, regions: Sequence[Region]) -> tuple[Export, ...]:
     """The allocations that the regions lie in; EngineFailed."""
-    found = {one for region in regions for one in gpus.allocations(region)}
+    found = {one for region in regions for one in memory.allocations(region)}
     return exports_of(found, DescriptorPlace.new())
 
 
-def descriptors_of(gpus: Gpus, exports: Sequence[Export]) -> Descriptors | None:
+def descriptors_of(memory: Memory, exports: Sequence[Export]) -> Descriptors | None:
     """New ones, of those exports that are by descriptors; None where none is. EngineFailed."""
     some = [(Pieces.decode(one), one.addr) for one in exports if is_by_descriptors(one)]
     if not some:
@@ -50,7 +60,7 @@ def descriptors_of(gpus: Gpus, exports: Sequence[Export]) -> Descriptors | None:
     try:
         check_left(len(addrs))
         for addr in addrs:
-            fds.append(gpus.descriptor(addr))
+            fds.append(memory.descriptor(addr))
     except OSError as exc:
         close_all(fds)
         why, remedy = explain(exc)

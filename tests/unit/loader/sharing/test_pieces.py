@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_loader import CudaIpcEngine
-from engine_loader.engines.cuda_ipc.pieces import (
+from engine_loader.errors import EngineFailed, ReadFailed
+from engine_loader.sharing.pieces import (
     Allocation,
     Pieces,
     exports_of,
     is_by_descriptors,
     is_on_host,
 )
-from engine_loader.errors import EngineFailed, ReadFailed
 from engine_registry import Manifest, Region
 from engine_registry.registration.descriptors import DescriptorPlace
 from engine_registry.schema.manifest import Export

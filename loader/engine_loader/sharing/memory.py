@@ -16,9 +16,9 @@ import weakref
 from collections.abc import Sequence
 from contextlib import closing
 
-from engine_loader.engines.cuda_ipc.pieces import Allocation, Pieces, is_by_descriptors
-from engine_loader.engines.cuda_ipc.pinned import Pinned
 from engine_loader.errors import EngineFailed
+from engine_loader.sharing.pieces import Allocation, Pieces, is_by_descriptors
+from engine_loader.sharing.pinned import Pinned
 from engine_loader.tensors import cuda_memory
 from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, check, device_of
 from engine_loader.tensors.cuda_memory import Mapping, calls, on_gpu
