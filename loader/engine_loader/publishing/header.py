@@ -52,6 +52,16 @@ class Header:
         return self.sequence % 2 == 1
 
 
+@plain_torch()
+def decode_header(memory: torch.Tensor) -> Header | None:
+    """What the first of these bytes say; None where they are no header."""
+    magic, incarnation, sequence, content = _FORMAT.unpack(bytes(memory[:NBYTES].tolist()))
+    if magic != _MAGIC:
+        return None
+    stated = content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
+    return Header(incarnation.hex(), sequence, stated)
+
+
 class HeaderCell:
     """The place in memory of a header with so many marks: the source's own, or a reader's buffer
     for another's.
@@ -109,13 +119,7 @@ class HeaderCell:
     @plain_torch()
     def read(self) -> Header | None:
         """None where the bytes are no header."""
-        magic, incarnation, sequence, content = _FORMAT.unpack(bytes(self._bytes[:NBYTES].tolist()))
-        if magic != _MAGIC:
-            return None
-        stated = (
-            content.hex() if any(content) else implied_content(incarnation.hex(), sequence // 2)
-        )
-        return Header(incarnation.hex(), sequence, stated)
+        return decode_header(self._bytes)
 
     @plain_torch()
     def read_marks(self) -> bytes:

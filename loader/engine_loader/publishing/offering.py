@@ -22,6 +22,8 @@ from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.delta_shelf import offer_shelf
 from engine_loader.publishing.header import NBYTES, Header, HeaderCell
+from engine_loader.publishing.holding import check_can_be_held, exports_of
+from engine_loader.publishing.holding import room as room_to_hold
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.remembered import RememberedTensors
@@ -119,15 +121,20 @@ def offer_weights(
     `expected` ones.
     """
     check_can_be_served(engine, weights.parts)
+    held = options.hold_s > 0
+    if held:
+        check_can_be_held(weights.parts)
     values = encode_values(options.values or {})
     manifest = replace(weights.manifest, values=values, block_nbytes=block_nbytes)
     device = weights.devices[0]
     algorithm = algorithm_for(device)
-    wanted = engine.tallies == algorithm if options.digests is None else options.digests
+    wanted = held or engine.tallies == algorithm if options.digests is None else options.digests
     wanted = wanted or options.deltas > 0
     regions = manifest.regions
 
     def room(nbytes: int) -> torch.Tensor | None:
+        if held:
+            return room_to_hold(device, nbytes)
         return engine.memory_beside(regions[0], device, nbytes) if regions and nbytes else None
 
     digests = None
@@ -135,7 +142,7 @@ def offer_weights(
         cell = room(nbytes_for(weights.parts, algorithm))
         digests = DigestCell.with_blocks(weights.parts, device, algorithm, cell)
     memory = undo.enter_context(ExitStack())
-    use = USES.serve(owner, weights.runs, filled_by)
+    use = USES.serve(owner, weights.runs, filled_by, held)
     memory.callback(USES.end, use)
     began = time.monotonic()
     manifest = with_regions(manifest, offer(engine, memory, *manifest.regions))
@@ -154,10 +161,10 @@ def offer_weights(
             found = digests.write(weights.parts)
             _check_digests(owner, found, expected)
             proven = content_of(manifest, found, algorithm)
-    cells = [header.region, *manifest.deltas]
-    if digests is not None:
-        cells.append(digests.region)
-    manifest = replace(manifest, exports=engine.exports([*manifest.regions, *cells]))
+    cells = [header.region] if digests is None else [header.region, digests.region]
+    kept = [*manifest.regions, *cells]
+    exports = exports_of(engine, [*kept, *manifest.deltas], kept if held else ())
+    manifest = replace(manifest, exports=tuple(exports))
     wait_for(weights.devices)  # readers do not know of streams
     incarnation, content = new_incarnation(), content or proven or new_content()
     header.write(Header(incarnation, 2 * version, content))
@@ -181,9 +188,9 @@ def _check_digests(
     differing = sorted(name for name in found if found[name] != expected[name])
     if differing:
         raise DigestMismatch(
-            f"{len(differing)} tensors of {owner} have other bytes than before the pause: "
-            f"{listed(differing)}",
-            "say `replace` to offer them as another version",
+            f"{len(differing)} tensors of {owner} have other bytes than when they were offered "
+            f"before: {listed(differing)}",
+            "offer them as another version: say `replace`, or `publish`",
             tensors=differing,
         )
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from engine_loader.engines.base import Engine
 from engine_loader.options import PublishOptions, Snapshots
+from engine_loader.publishing.holding import descriptors_of, hold_for
 from engine_loader.publishing.offering import meter_pulls, offer_weights
 from engine_loader.publishing.publication import Publication
 from engine_loader.publishing.served import Served
@@ -33,13 +34,14 @@ def open_publication(
     block_nbytes: int = 0,
     content: str | None = None,
     filled_by: Use | None = None,
+    expected: Mapping[str, bytes] | None = None,
 ) -> Publication:
     """As `publish`. With `filled_by`, the load that fills the weights, the rank is registered as
     loading.
 
     Nothing of it can be read then but the blocks of `block_nbytes` that are marked, and no digests
     before it is complete. `content` is the one that is being loaded, where its source has stated
-    it.
+    it. DigestMismatch names the tensors whose digests are not the `expected` ones.
     """
     version = options.version or 0
     with ExitStack() as guard:
@@ -67,6 +69,7 @@ def open_publication(
                 block_nbytes=block_nbytes,
                 content=content,
                 filled_by=filled_by,
+                expected=expected,
             )
         registration = registry.register(
             instance=instance,
@@ -91,7 +94,8 @@ def open_publication(
             ttl_s=options.ttl_s,
             unresponsive_after_s=options.unresponsive_after_s,
             on_state=options.on_state,
-            descriptors=engine.descriptors(offering.manifest.exports),
+            descriptors=descriptors_of(engine, offering.manifest.exports),
+            hold=hold_for(weights, options),
         )
         guard.callback(registration.withdraw)
         meter_pulls(registry, registration.record, undo)

@@ -17,6 +17,7 @@ from engine_loader.engines.base import Engine
 from engine_loader.errors import LoaderError
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.header import Header, HeaderCell
+from engine_loader.publishing.holding import descriptors_of
 from engine_loader.publishing.make_snapshot import make_snapshot, next_version
 from engine_loader.publishing.offering import Offering, Paused, meter_pulls, offer_weights
 from engine_loader.publishing.releases import Releases
@@ -187,7 +188,7 @@ class Served:
                 version=version,
                 content=offering.content,
                 device=str(offering.device),
-                descriptors=self.engine.descriptors(offering.manifest.exports),
+                descriptors=descriptors_of(self.engine, offering.manifest.exports),
             )
             meter_pulls(self.registry, self.record, undo)
             with self._swapping:

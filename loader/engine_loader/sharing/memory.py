@@ -16,12 +16,15 @@ import weakref
 from collections.abc import Sequence
 from contextlib import closing
 
+import torch
+
 from engine_loader.errors import EngineFailed
 from engine_loader.sharing.pieces import Allocation, Pieces, is_by_descriptors
 from engine_loader.sharing.pinned import Pinned
 from engine_loader.tensors import cuda_memory
 from engine_loader.tensors.cuda import allocation_at, can_be_opened_by_others, check, device_of
 from engine_loader.tensors.cuda_memory import Mapping, calls, on_gpu
+from engine_loader.tensors.gpu_memory import opened_at
 from engine_loader.tensors.host_memory import HostMemory, memory_at
 from engine_registry.schema.manifest import Export, Region
 
@@ -44,17 +47,17 @@ class SharedMemory:
 
     def can_be_shared(self, addr: int) -> bool:
         """Whether other processes can open the memory there."""
-        gpu = device_of(addr)
+        gpu = _gpu_of(addr)
         if gpu is None:
             return memory_at(addr) is not None
-        if can_be_opened_by_others(addr):
+        if opened_at(addr) is not None or can_be_opened_by_others(addr):
             return True
         with on_gpu(gpu):
             return cuda_memory.is_shareable(addr)
 
     def allocations(self, region: Region) -> Sequence[Allocation]:
         """What the region lies in; EngineFailed where others cannot open all of it."""
-        gpu = device_of(region.addr)
+        gpu = _gpu_of(region.addr)
         if gpu is None:
             whole = _arena_at(region.addr).region
             return [Allocation(*whole, b"", on_host=True)]
@@ -65,7 +68,7 @@ class SharedMemory:
             found: list[Allocation] = []
             at = region.addr
             while at < region.end:
-                if not cuda_memory.is_shareable(at):
+                if opened_at(at) is None and not cuda_memory.is_shareable(at):
                     raise _not_shared(at)
                 piece = cuda_memory.piece_at(at)
                 found.append(Allocation(piece.addr, piece.nbytes, b""))
@@ -74,9 +77,11 @@ class SharedMemory:
 
     def descriptor(self, addr: int) -> int:
         """A new one of the allocation there, which the caller closes; EngineFailed."""
-        gpu = device_of(addr)
+        gpu = _gpu_of(addr)
         if gpu is None:
             return _arena_at(addr).descriptor()
+        if (opened := opened_at(addr)) is not None:
+            return opened.descriptor_at(addr)
         with on_gpu(gpu):
             handle = cuda_memory.retain(addr)
             try:
@@ -136,6 +141,13 @@ class SharedMemory:
                 mapping.close()
             else:
                 calls().cuIpcCloseMemHandle(ctypes.c_uint64(addr))
+
+
+def _gpu_of(addr: int) -> int | None:
+    """The number of the GPU that has the memory; None where the host has it."""
+    if memory_at(addr) is not None or not torch.cuda.is_available():
+        return None
+    return device_of(addr)
 
 
 def _mapped(pieces: Pieces, gpu: int) -> Mapping:

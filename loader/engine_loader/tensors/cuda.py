@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -60,6 +61,16 @@ def device_of(addr: int) -> int | None:
     if code != 0 or kind.value & 0xFFFFFFFF != _OF_DEVICE:
         return None
     return ordinal.value & 0xFFFFFFFF
+
+
+@functools.cache
+def uuid_of(gpu: int) -> str:
+    """Of the GPU with that number, as nvidia-smi prints it; EngineFailed."""
+    device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    failed = f"cuda:{gpu} has no UUID"
+    check(driver().cuDeviceGet(ctypes.byref(device), gpu), failed)
+    check(driver().cuDeviceGetUuid_v2(ctypes.byref(found), device), failed)
+    return f"GPU-{uuid.UUID(bytes=bytes(found))}"
 
 
 def can_be_opened_by_others(addr: int) -> bool:

@@ -127,6 +127,21 @@ def from_descriptor(fd: int) -> int:
     return handle.value
 
 
+def gpu_of_descriptor(fd: int, current: int) -> int:
+    """The number here of the GPU whose memory that is; EngineFailed. `current` is any GPU."""
+    with on_gpu(current):
+        handle = from_descriptor(fd)
+        try:
+            properties = _Properties()
+            check(
+                calls().cuMemGetAllocationPropertiesFromHandle(ctypes.byref(properties), handle),
+                "of which GPU a descriptor is cannot be found out",
+            )
+            return int(properties.place.id)
+        finally:
+            release(handle)
+
+
 def is_shareable(addr: int) -> bool:
     """Whether memory of a GPU at that address can be shared by descriptors."""
     try:

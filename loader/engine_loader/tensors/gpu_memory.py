@@ -11,10 +11,24 @@ import torch
 from engine_loader.errors import EngineFailed
 from engine_loader.tensors import cuda_memory
 from engine_loader.tensors.cuda_memory import Mapping, on_gpu
+from engine_registry.registration.descriptors import close_all
+from engine_registry.schema.manifest import Region
 
 
-class GpuMemory:
-    """Memory of a GPU with tensors that keep it. It is freed with the last reference to it."""
+class _Memory:
+    """It is freed with the last reference to it; its tensors keep it."""
+
+    _gpu: int
+    region: Region
+
+    def tensor(self, start: int, nbytes: int) -> torch.Tensor:
+        """Some of its bytes."""
+        device = torch.device("cuda", self._gpu)
+        return torch.as_tensor(_Bytes(self, self.region.addr + start, nbytes), device=device)
+
+
+class GpuMemory(_Memory):
+    """Memory of a GPU that is made here."""
 
     def __init__(self, gpu: int, nbytes: int, piece_nbytes: int | None = None) -> None:
         """So many bytes or some more, in pieces that are taken when they are needed if
@@ -43,10 +57,7 @@ class GpuMemory:
                     self._mapping.add(handle, piece_nbytes)
                 finally:
                     cuda_memory.release(handle)
-                self._mapping.allow()
-                for other in range(torch.cuda.device_count()):
-                    if other != self._gpu and torch.cuda.can_device_access_peer(other, self._gpu):
-                        self._mapping.allow(other)
+                _allow(self._mapping, self._gpu)
 
     def descriptor(self) -> int:
         """A new one, which the caller closes; EngineFailed where it has several pieces."""
@@ -59,16 +70,68 @@ class GpuMemory:
             finally:
                 cuda_memory.release(handle)
 
-    def tensor(self, start: int, nbytes: int) -> torch.Tensor:
-        """Some of its bytes."""
-        device = torch.device("cuda", self._gpu)
-        return torch.as_tensor(_Bytes(self, self.region.addr + start, nbytes), device=device)
+
+class OpenedGpuMemory(_Memory):
+    """Memory of a GPU that another process has made. Drivers give no new descriptors of it, so it
+    keeps those by which it was opened.
+    """
+
+    def __init__(self, gpu: int, nbytes: int) -> None:
+        """Reserves addresses for so many bytes; EngineFailed."""
+        self._gpu = gpu
+        self._fds: dict[int, int] = {}  # by address
+        with on_gpu(gpu):
+            self._mapping = Mapping(gpu, nbytes)
+        self.region = self._mapping.region
+        free = weakref.finalize(self, _free, self._mapping, gpu, os.getpid(), self._fds)
+        free.atexit = False
+
+    def add(self, fd: int, nbytes: int) -> None:
+        """Maps so many bytes behind what is mapped already. The descriptor need not be kept.
+        EngineFailed where it is of other memory.
+        """
+        with on_gpu(self._gpu):
+            handle = cuda_memory.from_descriptor(fd)
+            try:
+                at = self.region.addr + self._mapping.nbytes
+                self._mapping.add(handle, nbytes)
+            finally:
+                cuda_memory.release(handle)
+        self._fds[at] = os.dup(fd)
+
+    def ready(self) -> None:
+        """Lets the GPU, and those that reach it, use what is mapped; EngineFailed."""
+        with on_gpu(self._gpu):
+            _allow(self._mapping, self._gpu)
+        _OPENED[self.region.addr] = self
+
+    def descriptor_at(self, addr: int) -> int:
+        """A new one of the piece there, which the caller closes."""
+        return os.dup(self._fds[max(at for at in self._fds if at <= addr)])
+
+
+_OPENED: weakref.WeakValueDictionary[int, OpenedGpuMemory] = weakref.WeakValueDictionary()
+
+
+def opened_at(addr: int) -> OpenedGpuMemory | None:
+    """What was opened here and has the address."""
+    for memory in list(_OPENED.values()):
+        if memory.region.addr <= addr < memory.region.end:
+            return memory
+    return None
+
+
+def _allow(mapping: Mapping, gpu: int) -> None:
+    mapping.allow()
+    for other in range(torch.cuda.device_count()):
+        if other != gpu and torch.cuda.can_device_access_peer(other, gpu):
+            mapping.allow(other)
 
 
 class _Bytes:
     """Of memory, for torch, which keeps this object."""
 
-    def __init__(self, memory: GpuMemory, addr: int, nbytes: int) -> None:
+    def __init__(self, memory: _Memory, addr: int, nbytes: int) -> None:
         self._memory = memory
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
@@ -79,10 +142,11 @@ class _Bytes:
         }
 
 
-def _free(mapping: Mapping, gpu: int, pid: int) -> None:
+def _free(mapping: Mapping, gpu: int, pid: int, fds: dict[int, int] | None = None) -> None:
     """When nothing refers to its tensors any more, though the GPU may still work on them."""
     if os.getpid() != pid:  # a forked child's copy, which has no CUDA
         return
     with suppress(EngineFailed), on_gpu(gpu):  # of a GPU that has failed nothing can be freed
         cuda_memory.calls().cuCtxSynchronize()
         mapping.close()
+    close_all(list((fds or {}).values()))

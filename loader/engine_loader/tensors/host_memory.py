@@ -58,11 +58,33 @@ class HostMemory(mmap.mmap):
         except BaseException:
             os.close(fd)
             raise
-        weakref.finalize(memory, os.close, fd).atexit = False
-        memory._fd = fd
-        memory.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(memory)), nbytes)
-        _ALL[memory.region.addr] = memory
-        return memory
+        return memory._with(fd)
+
+    @classmethod
+    def adopted(cls, fd: int, nbytes: int) -> HostMemory:
+        """That of another process, which has ended: exactly so many bytes. From now on it is like
+        one that was made here. The descriptor need not be kept. EngineFailed where it is something
+        else.
+        """
+        _check_sealed(fd, nbytes)
+        try:
+            fd = os.dup(fd)
+            try:
+                memory = cls(fd, nbytes)
+            except BaseException:
+                os.close(fd)
+                raise
+        except (OSError, ValueError, OverflowError) as exc:
+            raise EngineFailed(f"memory of the host cannot be mapped: {exc}") from exc
+        return memory._with(fd)
+
+    def _with(self, fd: int) -> HostMemory:
+        """It has the descriptor from now on."""
+        weakref.finalize(self, os.close, fd).atexit = False
+        self._fd = fd
+        self.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(self)), len(self))
+        _ALL[self.region.addr] = self
+        return self
 
     def have(self, nbytes: int) -> None:
         """The first so many bytes can be used from now on."""
@@ -76,6 +98,8 @@ class HostMemory(mmap.mmap):
         return torch.frombuffer(self, dtype=torch.uint8, count=nbytes, offset=start)
 
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _ALL: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()  # by address
 
 
@@ -85,14 +109,39 @@ def map_sealed(fd: int, nbytes: int) -> mmap.mmap:
     EngineFailed unless it has exactly so many bytes, and its process can take none of them away: a
     process that reads memory which is gone is killed.
     """
+    _check_sealed(fd, nbytes)
+    try:
+        return mmap.mmap(fd, nbytes)
+    except (OSError, ValueError, OverflowError) as exc:
+        raise EngineFailed(f"memory of the host cannot be mapped: {exc}") from exc
+
+
+def _check_sealed(fd: int, nbytes: int) -> None:
     try:
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise EngineFailed("memory of the host is offered that can be cut short")
         if (found := os.fstat(fd).st_size) != nbytes:
             raise EngineFailed(f"{nbytes} bytes of the host are offered, in memory of {found}")
-        return mmap.mmap(fd, nbytes)
-    except (OSError, ValueError, OverflowError) as exc:
+    except OSError as exc:
         raise EngineFailed(f"memory of the host cannot be mapped: {exc}") from exc
+
+
+class ReadOnlyMemory:
+    """Memory of another process that still uses it, mapped here for reading alone. Its tensors keep
+    it. To write to one of them ends this process by SIGSEGV.
+    """
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """As `map_sealed`."""
+        self._mapped = map_sealed(fd, nbytes)
+        self.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(self._mapped)), nbytes)
+        # torch warns of a buffer that says that it is read-only, so only the kernel knows
+        if _LIBC.mprotect(self.region.addr, nbytes, mmap.PROT_READ):
+            raise EngineFailed(f"memory cannot be protected: {os.strerror(ctypes.get_errno())}")
+
+    def tensor(self, start: int, nbytes: int) -> torch.Tensor:
+        """Some of its bytes."""
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, count=nbytes, offset=start)
 
 
 def memory_at(addr: int) -> HostMemory | None:

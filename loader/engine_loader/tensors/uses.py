@@ -35,14 +35,18 @@ def runs_of(entries: Iterable[TensorEntry]) -> Runs:
 class Use:
     """Memory that a publication serves (`served`) or that a load fills."""
 
-    def __init__(self, owner: str, runs: Runs, served: bool, changing: bool = False) -> None:
+    def __init__(
+        self, owner: str, runs: Runs, served: bool, changing: bool = False, held: bool = False
+    ) -> None:
         """`owner` names it in messages.
 
-        `changing`: a publication does not vouch for the bytes now.
+        `changing`: a publication does not vouch for the bytes now. `held`: when this process has
+        ended, another one will have the memory for itself.
         """
         self.owner = owner
         self.served = served
         self.changing = changing
+        self.held = held
         self._runs = runs
         self._starts = [start for start, _ in runs]
 
@@ -88,12 +92,14 @@ class _Uses:
         finally:
             self.end(use)
 
-    def serve(self, owner: str, runs: Runs, filled_by: Use | None = None) -> Use:
+    def serve(
+        self, owner: str, runs: Runs, filled_by: Use | None = None, held: bool = False
+    ) -> Use:
         """Memory that is published until `end`.
 
         With `filled_by`, which is the load that fills it, it is still changing.
         """
-        use = Use(owner, runs, served=True, changing=filled_by is not None)
+        use = Use(owner, runs, served=True, changing=filled_by is not None, held=held)
         with self._lock:
             for other in self._beside(use):
                 if not other.served and other is not filled_by:
@@ -105,6 +111,12 @@ class _Uses:
                     raise MemoryInUse(
                         f"{owner} cannot be published: {other.owner} is changing the same memory",
                         "wait for its end",
+                    )
+                if held and other.held:
+                    raise MemoryInUse(
+                        f"{owner} cannot be held: {other.owner} is held and has the same memory, "
+                        "and two processes would have it afterwards",
+                        "publish one of them without `hold_s`",
                     )
             self._uses.add(use)
         return use

@@ -164,3 +164,16 @@ def test_whatever_is_refused_no_byte_is_ever_filled_twice_or_while_somebody_vouc
             assert not any(one.overlaps(other) for other in served.values() if not other.changing)
     for stack, _ in fills.values():
         stack.close()
+
+
+def test_memory_is_held_for_one_publication_alone() -> None:
+    """Two processes would adopt it."""
+    uses = _Uses()
+    first = uses.serve("first", [(0, 10)], held=True)
+    others = [uses.serve("beside", [(0, 10)]), uses.serve("elsewhere", [(20, 30)], held=True)]
+    with pytest.raises(MemoryInUse, match="second cannot be held: first is held"):
+        uses.serve("second", [(5, 15)], held=True)
+    uses.end(first)
+    with pytest.raises(MemoryInUse, match="elsewhere is held"):
+        uses.serve("second", [(5, 25)], held=True)
+    assert uses.serve("second", [(5, 15)], held=True) not in others
