@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from engine_registry.lazy import lazily
 
 if TYPE_CHECKING:
+    from engine_loader.adopting.adopt import adopt as adopt
+    from engine_loader.adopting.adopted import Adopted as Adopted
+    from engine_loader.adopting.finding import HeldRank as HeldRank
+    from engine_loader.adopting.finding import find_held as find_held
     from engine_loader.artifacts.here import artifact_key_here as artifact_key_here
     from engine_loader.artifacts.pull import ArtifactReport as ArtifactReport
     from engine_loader.artifacts.pull import pull_artifact as pull_artifact
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from engine_loader.errors import DigestsMissing as DigestsMissing
     from engine_loader.errors import EngineFailed as EngineFailed
     from engine_loader.errors import EngineUnavailable as EngineUnavailable
+    from engine_loader.errors import HeldUnusable as HeldUnusable
     from engine_loader.errors import LoaderError as LoaderError
     from engine_loader.errors import MemoryInUse as MemoryInUse
     from engine_loader.errors import NoFreeSnapshot as NoFreeSnapshot
@@ -78,6 +83,11 @@ if TYPE_CHECKING:
     from engine_loader.transfer.progress import Progress as Progress
 
 _MODULE_OF = {
+    "Adopted": "adopting.adopted",
+    "adopt": "adopting.adopt",
+    "find_held": "adopting.finding",
+    "HeldRank": "adopting.finding",
+    "HeldUnusable": "errors",
     "Arena": "tensors.arena",
     "arena_of": "tensors.arena",
     "ArtifactInvalid": "errors",

@@ -7,6 +7,7 @@ LoaderError
 ├── TensorsUnusable      tensors that cannot be registered or filled as they are
 ├── SnapshotsUnfit       there is no memory for snapshots of published tensors, or for deltas
 ├── NoFreeSnapshot       each snapshot holds a version that must stay, as the released one does
+├── HeldUnusable         memory that a rank has left here cannot be adopted
 ├── MemoryInUse          their memory is published, or another load fills it
 ├── WeightsFileInvalid   a file cannot be read as safetensors, or not be written
 ├── ArtifactInvalid      a folder cannot be an artifact, or an artifact not be put into a folder
@@ -64,6 +65,19 @@ class NoFreeSnapshot(LoaderError):
 
 class MemoryInUse(LoaderError):
     """The memory is published, or another load fills it."""
+
+
+class HeldUnusable(LoaderError):
+    """Memory that a rank has left with its keeper, or shares, cannot be had or used.
+
+    The tensors are as they were. `details["reason"]` is one of these:
+
+    - `gone`: its keeper has ended, has let it go, or has given it to another process.
+    - `tensors`: names, dtypes, shapes or devices differ. The memory stays held.
+    - `torn`: the rank ended while it changed its weights, or they have changed while they were
+      looked at. Held memory is let go.
+    - `digests`: tensors are not what the rank has published. Held memory is let go.
+    """
 
 
 class WeightsFileInvalid(LoaderError):

@@ -329,13 +329,19 @@ class Registry(Closable):
 
     def current(self, record: RankRecord) -> RankRecord | None:
         """The registration that `record` was read from, as it is now; None where it has ended."""
-        found = self._etcd.get(record.key)
+        now = self.record_at(record.key)
+        return now if now and not now.ended and now.incarnation == record.incarnation else None
+
+    def record_at(self, key: str) -> RankRecord | None:
+        """The record under the key, also of a rank that has ended and is held; None where there is
+        none, or it cannot be read.
+        """
+        found = self._etcd.get(key)
         try:
-            now = decode_item(found) if found else None
+            return decode_item(found) if found else None
         except RecordDamaged as exc:
             log.warning("%s", exc, extra=fields("record_damaged", **exc.details))
             return None
-        return now if now and not now.ended and now.incarnation == record.incarnation else None
 
     def _roster(self, instance: str) -> Roster:
         return read_roster(self._etcd, check_instance(instance))

@@ -4,10 +4,11 @@ Does what each line on standard input says, then prints the line. `publish N`: l
 memory and publishes the content of number N. `copy N`: loads the content of number N, from whoever
 has it, and serves it as another instance, from then on. `large N`: as `publish`, of tensors of 30
 MiB. `arena N`: as `publish`, on the first GPU and in an arena. `host N`: in an arena of the host.
-`both N`: every second tensor on the first GPU, the others in an arena of the host. `late N`:
-publishes another instance besides, from memory that is new. `update`: adds one to every element,
-on a separate stream. `pause`, `resume`: as a publication does. `replace N`: frees its memory, for
-which it must be paused, and serves the content of number N. Ends with its input.
+`both N`: every second tensor on the first GPU, the others in an arena of the host. `held N`: as
+`arena N`, held for a minute once this process has ended. `segments N`: so without an arena.
+`late N`: publishes another instance besides, from memory that is new. `update`: adds one to every
+element, on a separate stream. `pause`, `resume`: as a publication does. `replace N`: frees its
+memory, for which it must be paused, and serves the content of number N. Ends with its input.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def made(command: str, number: int) -> Tensors:
         return large_content(number)
     if command == "publish":
         return content(number)
-    tensors = content(number, "cuda:0" if command == "arena" else "cpu")
+    if command == "segments":
+        return content(number, "cuda:0")
+    tensors = content(number, "cuda:0" if command in ("arena", "held") else "cpu")
     on_gpu = [*tensors][::2] if command == "both" else []
     arena_of([tensor for name, tensor in tensors.items() if name not in on_gpu]).close()
     return tensors | {name: tensors[name].to("cuda:0") for name in on_gpu}
@@ -98,7 +101,7 @@ def main(endpoint: str, protocol: str) -> None:
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:
             command, _, number = line.strip().partition(" ")
-            if command in ("publish", "large", "arena", "host", "both"):
+            if command in ("publish", "large", "arena", "host", "both", "held", "segments"):
                 stack.close()
                 tensors.clear()
                 torch.cuda.empty_cache()
@@ -112,7 +115,9 @@ def main(endpoint: str, protocol: str) -> None:
                         world_size=1,
                         tensors=tensors,
                         model=MODEL,
-                        options=PublishOptions(digests=True),
+                        options=PublishOptions(
+                            digests=True, hold_s=60 if command in ("held", "segments") else 0
+                        ),
                     )
                 )
             elif command == "copy":

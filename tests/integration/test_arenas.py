@@ -4,10 +4,8 @@ or has been killed. The host's memory stands for that of GPUs.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -25,31 +23,13 @@ from engine_loader.sharing.pieces import is_by_descriptors
 from engine_registry import Manifest, RankRecord, Region, Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.integration.conftest import Processes
+from tests.support.arenas import Rank, arenas_of, bytes_of
 from tests.support.host_gpus import HostGpus
 from tests.support.processes.arena import weights
 from tests.support.signals import signal_and_wait
 from tests.support.waiting import wait_until
 
 Tensors = dict[str, torch.Tensor]
-
-
-class Rank:
-    """The process, and its keeper's pid."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.pid = process.pid
-        self.keeper = int(self._says())
-
-    def _says(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def do(self, command: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{command}\n")
-        self.process.stdin.flush()
-        assert self._says() == f"{command}\n"
 
 
 @pytest.fixture
@@ -87,14 +67,6 @@ def assert_loads(registry: Registry, engine: Engine, added: int = 0) -> LoadRepo
         assert torch.equal(found[name], tensor + added), name
         assert found[name].stride() == tensor.stride()
     return report
-
-
-def arenas_of(pid: int) -> int:
-    """How many descriptors of arenas the process has."""
-    return sum(
-        "memfd:arena" in os.path.realpath(f"/proc/{pid}/fd/{fd}")
-        for fd in os.listdir(f"/proc/{pid}/fd")
-    )
 
 
 def test_weights_in_an_arena_are_one_region_and_one_descriptor(
@@ -196,11 +168,6 @@ class Dead:
 
 def is_let_go(gpus: HostGpus) -> bool:
     return gpus.opened == 0
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """In the order of its memory."""
-    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
 
 
 def test_memory_of_a_rank_that_was_killed_is_opened_as_long_as_its_keeper_lives(

@@ -111,7 +111,7 @@ def load_module(
     own = module.state_dict(keep_vars=True)
     tensors: dict[str, torch.Tensor] = {prefix + name: tensor for name, tensor in own.items()}
     shards = {prefix + name: shard for name, shard in (shards or {}).items()}
-    _check_all_can_be_filled(module, tensors)
+    check_all_can_be_filled(module, tensors)
     made: dict[torch.Tensor, torch.Tensor] = {}  # by what they replace
     for name, tensor in tensors.items():
         if tensor.is_meta and not is_lazy(tensor):
@@ -167,7 +167,7 @@ def _other_names(own: Collection[str], prefix: str, holdings: Holdings) -> str:
     return ""
 
 
-def _check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:
+def check_all_can_be_filled(module: nn.Module, tensors: Mapping[str, object]) -> None:
     """TensorsUnusable names what would be left without a value, or be filled where the module does
     not see it.
     """

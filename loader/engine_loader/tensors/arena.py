@@ -125,7 +125,7 @@ class Arena(Closable):
         steps = zip(shape, wanted.stride(), strict=True)
         elements = 1 + sum([(size - 1) * step for size, step in steps])
         storage = self.take(elements * wanted.itemsize).untyped_storage()
-        return _bound(storage, 0, wanted)
+        return bound(storage, 0, wanted)
 
     @plain_torch()
     def take(self, nbytes: int) -> torch.Tensor:
@@ -167,7 +167,7 @@ class Arena(Closable):
         return f"of {self.nbytes} bytes on {self.device}"
 
 
-def _bound(storage: torch.UntypedStorage, offset: int, like: torch.Tensor) -> torch.Tensor:
+def bound(storage: torch.UntypedStorage, offset: int, like: torch.Tensor) -> torch.Tensor:
     """With the dtype, shape and strides of `like`, so many elements behind the storage's begin."""
     empty = torch.empty(0, dtype=like.dtype, device=storage.device)
     return empty.set_(storage, offset, like.size(), like.stride())
@@ -285,4 +285,4 @@ def _move(block: _Block, arena: Arena) -> None:
     room.copy_(before)
     for tensor in block.tensors:
         offset = (_start(tensor) - block.start) // tensor.itemsize
-        tensor.data = _bound(room.untyped_storage(), offset, tensor)
+        tensor.data = bound(room.untyped_storage(), offset, tensor)

@@ -45,30 +45,11 @@ def describe(
             problems.append(f"{name}: {problem}")
             continue
         addr, nbytes = (tensor.data_ptr(), tensor.nbytes) if tensor.numel() else (0, 0)
-        shape = tuple(tensor.shape)
-        shard = shards.get(name) if shards else None
-        whole, offsets, slices = shape, (0,) * len(shape), None
-        if shard is not None:
-            try:
-                whole, (offsets, slices) = shard.global_shape, placed_in(shape, shard)
-            except ValueError as exc:
-                problems.append(f"{name}: {exc}")
-                continue
-        strides = strides_of(tensor)
-        entries.append(
-            TensorEntry(
-                name,
-                dtype_name(tensor.dtype),
-                shape,
-                addr,
-                nbytes,
-                whole,
-                offsets,
-                shard is None,
-                strides,
-                slices,
-            )
-        )
+        try:
+            entries.append(entry_of(name, tensor, addr, shards.get(name) if shards else None))
+        except ValueError as exc:
+            problems.append(f"{name}: {exc}")
+            continue
         if nbytes:
             storage = tensor.untyped_storage()
             key = storage.data_ptr(), tensor.device.type
@@ -80,6 +61,28 @@ def describe(
     ]
     refuse_unusable(problems)
     return Manifest(tuple(entries), _regions(storages))
+
+
+def entry_of(name: str, tensor: torch.Tensor, addr: int, shard: Shard | None) -> TensorEntry:
+    """Of a dense tensor, as if it lay at that address. ValueError where the shard is not one of
+    such a tensor.
+    """
+    shape = tuple(tensor.shape)
+    whole, offsets, slices = shape, (0,) * len(shape), None
+    if shard is not None:
+        whole, (offsets, slices) = shard.global_shape, placed_in(shape, shard)
+    return TensorEntry(
+        name,
+        dtype_name(tensor.dtype),
+        shape,
+        addr,
+        tensor.nbytes,
+        whole,
+        offsets,
+        shard is None,
+        strides_of(tensor),
+        slices,
+    )
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, ...] | None:

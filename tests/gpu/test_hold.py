@@ -1,0 +1,203 @@
+"""Weights on a GPU that outlive their process: held by its keeper, and adopted here. One GPU is
+enough.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from engine_loader import (
+    Adopted,
+    CudaIpcEngine,
+    HeldUnusable,
+    PublishOptions,
+    adopt,
+    arena_of,
+    publish,
+)
+from engine_loader.adopting.finding import find_held
+from engine_loader.adopting.memory import OpenedRank
+from engine_loader.engines.base import Engine
+from engine_loader.sharing import opening
+from engine_loader.tensors.cuda import uuid_of
+from engine_registry import Registry
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.held import keepers_here, let_go_of_device
+from tests.gpu.conftest import Source, assert_equal, fill, zeroed
+from tests.gpu.source import MODEL, Tensors, content
+from tests.support.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _keepers_end() -> Iterator[None]:
+    yield
+    for kept in keepers_here():
+        with suppress(ProcessLookupError):
+            os.kill(kept.pid, signal.SIGKILL)
+
+
+def free_nbytes() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(0)[0])
+
+
+def kill(source: Source) -> None:
+    """And waits until it is held."""
+    source.kill()
+    wait_until(lambda: any(kept.held for kept in keepers_here()))
+
+
+def adopted(registry: Registry, tensors: Tensors | nn.Module, *, shared: bool = False) -> Adopted:
+    found = adopt(registry, MODEL, tensors, rank=0, world_size=1, shared=shared)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("command", ["held", "segments"])
+def test_weights_of_a_process_that_was_killed_are_adopted_where_they_are(
+    registry: Registry, etcd: LocalEtcd, command: str
+) -> None:
+    env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} if command == "segments" else {}
+    source = Source(etcd.endpoint, "cuda_ipc", **env)
+    source.do(f"{command} 3")
+    source.do("update")
+    before = registry.resolve("a")[0]
+    kill(source)
+    found = {name: one.to("meta") for name, one in content(3, "cpu").items()}
+    objects = dict(found)
+    free = free_nbytes()
+    result = adopted(registry, found)
+    assert free - free_nbytes() < 8 * MIB  # what the context and the digests take
+    assert result.verified
+    assert (result.version, result.content) == (1, before.content)
+    assert_equal(found, {name: one + 1 for name, one in content(3, "cpu").items()})
+    assert all(found[name] is objects[name] for name in found)
+
+
+def test_memory_is_held_without_a_process_and_free_once_it_is_let_go(
+    registry: Registry, source: Source
+) -> None:
+    before = free_nbytes()
+    source.do("held 1")
+    kill(source)
+    assert free_nbytes() <= before - 40 * MIB
+    (kept,) = [kept for kept in keepers_here() if kept.held]
+    (device,) = kept.devices
+    assert device == uuid_of(0)
+    assert let_go_of_device(device, timeout_s=60) >= 40 * MIB
+    assert free_nbytes() >= before - MIB
+    assert adopt(registry, MODEL, zeroed(content(1, "cuda:0")), rank=0, world_size=1) is None
+
+
+def test_memory_is_free_once_the_last_adopted_tensor_is_gone(
+    registry: Registry, source: Source
+) -> None:
+    before = free_nbytes()
+    source.do("held 1")
+    kill(source)
+    found = zeroed(content(1, "cpu"), "cuda:0")
+    result = adopted(registry, found)
+    assert_equal(found, content(1, "cpu"))
+    del found, result
+    assert free_nbytes() >= before - MIB
+
+
+def test_adopted_weights_are_published_loaded_and_shared_again(
+    registry: Registry, source: Source, engine: CudaIpcEngine
+) -> None:
+    """Drivers give no descriptors of memory that was opened by one: ours are kept."""
+    source.do("held 1")
+    kill(source)
+    found = zeroed(content(1, "cpu"), "cuda:0")
+    result = adopted(registry, found)
+    options = PublishOptions(hold_s=60)
+    with result.publish(registry, engine, instance="a", options=options) as publication:
+        assert publication.content == result.content
+        shared = zeroed(content(1, "cpu"), "cuda:0")
+        with adopted(registry, shared, shared=True) as sharing:
+            assert_equal(shared, content(1, "cpu"))
+            with publication.update():
+                found["long"].fill_(9)
+            assert not sharing.current
+            assert bool((shared["long"] == 9).all())
+        loaded = zeroed(content(1, "cpu"), "cuda:0")
+        fill(registry, engine, loaded)
+        assert_equal(loaded, found)
+
+
+def test_a_byte_that_has_changed_is_found_by_digests(registry: Registry, source: Source) -> None:
+    source.do("held 1")
+    kill(source)
+    rank = find_held(registry, MODEL, rank=0, world_size=1)
+    assert rank is not None
+    (entry,) = [one for one in rank.manifest.tensors if one.name == "long"]
+    opened = OpenedRank(rank, shared=False)
+    opened.at(entry.addr + 5, 1).add_(1)
+    torch.cuda.synchronize()
+    found = zeroed(content(1, "cpu"), "cuda:0")
+    with pytest.raises(HeldUnusable) as caught:
+        adopted(registry, found)
+    assert caught.value.details["problems"] == ["long"]
+    assert not any(one.any() for one in found.values())
+
+
+def test_tensors_on_the_host_are_not_given_memory_of_a_gpu(
+    registry: Registry, source: Source
+) -> None:
+    source.do("held 1")
+    kill(source)
+    with pytest.raises(HeldUnusable, match="long: on cuda:0 held, on cpu here"):
+        adopted(registry, zeroed(content(1, "cpu")))
+    found = zeroed(content(1, "cpu"), "cuda:0")
+    adopted(registry, found)  # it was held on
+    assert_equal(found, content(1, "cpu"))
+
+
+def test_memory_of_a_gpu_that_this_process_does_not_see_is_refused(
+    registry: Registry, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.do("held 1")
+    kill(source)
+    monkeypatch.setattr(opening, "uuid_of", lambda gpu: "GPU-of-another-host")
+    with pytest.raises(HeldUnusable, match="is none of the") as caught:
+        adopted(registry, zeroed(content(1, "cpu"), "cuda:0"))
+    assert caught.value.details["reason"] == "gone"
+
+
+def test_a_module_on_the_meta_device_computes_with_adopted_weights(
+    registry: Registry, engine: Engine
+) -> None:
+    model = nn.Linear(256, 256, device="cuda:0")
+    arena_of(dict(model.named_parameters())).close()
+    with (
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=dict(model.named_parameters()),
+            model=MODEL,
+            options=PublishOptions(hold_s=60),
+        ),
+        torch.no_grad(),
+    ):
+        new = nn.Linear(256, 256, device="meta")
+        with adopted(registry, new, shared=True):
+            data = torch.randn(8, 256, device="cuda:0")
+            assert torch.equal(new(data), model(data))

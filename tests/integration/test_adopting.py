@@ -1,0 +1,741 @@
+"""Weights that outlive their process: held by its keeper, and adopted by another process. Real
+processes that are killed, a real etcd, memory of the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engine_loader import (
+    Adopted,
+    HeldUnusable,
+    LoaderError,
+    PublishOptions,
+    SocketEngine,
+    adopt,
+    arena_of,
+    find_held,
+    load,
+    publish,
+)
+from engine_loader.errors import DigestMismatch, TensorsUnusable
+from engine_loader.publishing.header import NBYTES
+from engine_loader.sharing.pieces import Pieces
+from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
+from engine_registry.errors import RegistryError
+from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.descriptors import fetch
+from engine_registry.registration.held import keepers_here
+from tests.integration.conftest import Processes, line_of
+from tests.support.arenas import Rank, arenas_of
+from tests.support.processes.arena import CHANGING, MODEL, weights
+from tests.support.signals import signal_and_wait
+from tests.support.waiting import wait_until
+
+Tensors = dict[str, torch.Tensor]
+Start = Callable[..., Rank]
+
+
+@pytest.fixture
+def start(processes: Processes, shared_etcd: LocalEtcd, namespace: str) -> Iterator[Start]:
+    """Keepers of ranks that were killed are killed at the end of the test."""
+    keepers: list[int] = []
+
+    def start(engine: str = "socket", hold_s: float = 60.0) -> Rank:
+        args = ("tests.support.processes.arena", shared_etcd.endpoint, namespace, engine)
+        rank = Rank(processes.start("-m", *args, str(hold_s)))
+        keepers.append(rank.keeper)
+        return rank
+
+    yield start
+    for keeper in keepers:
+        with suppress(ProcessLookupError):
+            os.kill(keeper, signal.SIGKILL)
+
+
+@pytest.fixture
+def adopter(
+    processes: Processes, shared_etcd: LocalEtcd, namespace: str
+) -> Callable[[str], subprocess.Popen[str]]:
+    args = ("-m", "tests.support.processes.adopter", shared_etcd.endpoint, namespace)
+    return lambda how: processes.start(*args, how)
+
+
+def zeros() -> Tensors:
+    tensors = weights()
+    for tensor in tensors.values():
+        tensor.zero_()
+    return tensors
+
+
+def held(registry: Registry) -> list[RankRecord]:
+    """The ranks of this test that are held, once their keepers have said so."""
+    found = [registry.record_at(kept.key) for kept in keepers_here() if kept.held]
+    return [record for record in found if record is not None and record.held]
+
+
+def kill(registry: Registry, rank: Rank) -> None:
+    """The rank, and waits until it is held."""
+    signal_and_wait(rank.pid, signal.SIGKILL)
+    wait_until(lambda: bool(held(registry)))
+
+
+def is_free(keeper: int) -> bool:
+    try:
+        return arenas_of(keeper) == 0
+    except OSError:  # it has ended
+        return True
+
+
+def adopt_into(
+    registry: Registry, tensors: Tensors | nn.Module, **options: object
+) -> Adopted | None:
+    return adopt(registry, MODEL, tensors, rank=0, world_size=1, **options)  # type: ignore[arg-type]
+
+
+def adopted_by(process: subprocess.Popen[str]) -> dict[str, object]:
+    found: dict[str, object] = json.loads(line_of(process))
+    return found
+
+
+def added_to(found: Tensors) -> int:
+    """By how much the tensors differ from the first ones, all alike and in all elements."""
+    (added,) = {int(found[name].flatten()[0] - weights()[name].flatten()[0]) for name in CHANGING}
+    for name, tensor in weights().items():
+        assert torch.equal(found[name], tensor + added), name
+        assert found[name].stride() == tensor.stride()
+    return added
+
+
+def inode_at(pid: int | str, addr: int) -> int:
+    """Of the file that is mapped there."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        ends, _, _, _, inode, *_ = line.split()
+        start, end = (int(each, 16) for each in ends.split("-"))
+        if start <= addr < end:
+            return int(inode)
+    raise AssertionError(f"nothing is mapped at {addr:#x}")
+
+
+def fds_of_this_process() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+def manifest_of(registry: Registry) -> tuple[RankRecord, Manifest]:
+    (record,) = held(registry)
+    return record, registry.manifest(record)
+
+
+def descriptor_at(manifest: Manifest, addr: int) -> tuple[int, int]:
+    """Of the memory that holds the address, from the keeper; and where in it that is."""
+    (export,) = [one for one in manifest.exports if one.addr <= addr < one.end]
+    pieces = Pieces.decode(export)
+    (fd,) = fetch(pieces.place, pieces.first, 1)
+    return fd, addr - export.addr
+
+
+# -- adopted exactly
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["socket", "tcp", "host gpus"])
+def test_a_new_process_has_the_weights_of_one_that_was_killed_where_they_are(
+    registry: Registry, start: Start, engine: str
+) -> None:
+    rank = start(engine)
+    rank.do("update")
+    before = registry.resolve("a")[0]
+    kill(registry, rank)
+    found = zeros()
+    objects = dict(found)
+    adopted = adopt_into(registry, found)
+    assert adopted is not None
+    assert added_to(found) == 1
+    assert (adopted.version, adopted.content) == (1, before.content)
+    assert adopted.record.incarnation == before.incarnation
+    assert adopted.verified
+    assert not adopted.shared
+    assert adopted.current
+    assert adopted.nbytes == sum(one.nbytes for one in weights().values())
+    assert all(found[name] is objects[name] for name in found)
+    assert found["tied"].data_ptr() == found["tied too"].data_ptr()
+    wait_until(partial(is_free, rank.keeper))
+    assert keepers_of_this_test(registry) == []
+
+
+def keepers_of_this_test(registry: Registry) -> list[str]:
+    return [kept.key for kept in keepers_here() if registry.record_at(kept.key) is not None]
+
+
+def test_nothing_is_copied(registry: Registry, start: Start) -> None:
+    rank = start()
+    kill(registry, rank)
+    inodes = {
+        os.stat(f"/proc/{rank.keeper}/fd/{fd}").st_ino
+        for fd in os.listdir(f"/proc/{rank.keeper}/fd")
+        if "memfd:arena" in os.readlink(f"/proc/{rank.keeper}/fd/{fd}")
+    }
+    found = zeros()
+    adopt_into(registry, found)
+    assert {inode_at("self", one.data_ptr()) for one in found.values() if one.numel()} < inodes
+
+
+def test_what_is_adopted_is_published_with_the_same_content_and_adopted_again(
+    registry: Registry, start: Start, adopter: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    rank = start()
+    rank.do("update")
+    before = registry.resolve("a")[0]
+    kill(registry, rank)
+    content = []
+    for _ in range(3):
+        process = adopter("adopt")
+        result = adopted_by(process)
+        assert result["equal"]
+        assert (result["added"], result["version"]) == ([1], 1)
+        content.append(result["content"])
+        assert process.stdin is not None
+        process.stdin.write("publish\n")
+        process.stdin.flush()
+        assert line_of(process) == "publish\n"
+        (record,) = registry.resolve("a", 60)
+        assert record.content == before.content
+        assert record.incarnation != before.incarnation
+        with SocketEngine("127.0.0.1") as engine:
+            loaded = zeros()
+            load(registry, engine, "a", rank=0, tensors=loaded, timeout_s=60)
+            assert added_to(loaded) == 1
+        signal_and_wait(process.pid, signal.SIGKILL)
+        wait_until(lambda: bool(held(registry)))
+    assert set(content) == {before.content}
+
+
+def a_model(device: str) -> nn.Sequential:
+    first = nn.Linear(64, 64, device=device)
+    last = nn.Linear(64, 64, device=device)
+    last.weight = first.weight  # tied
+    middle = nn.Linear(64, 32, device=device, dtype=torch.bfloat16)
+    return nn.Sequential(first, nn.BatchNorm1d(64, device=device), middle, last)
+
+
+@pytest.mark.parametrize("names", ["of the state dict", "of parameters and buffers"])
+def test_a_module_on_the_meta_device_has_the_weights_and_keeps_its_parameters(
+    registry: Registry, names: str
+) -> None:
+    """Those of a rank of this process."""
+    model, new = a_model("cpu"), a_model("meta")
+    tensors: Tensors = dict(model.state_dict(keep_vars=True))
+    arena_of(tensors).close()
+    if names != "of the state dict":
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parameters = dict(new.named_parameters())
+    with (
+        SocketEngine("127.0.0.1") as engine,
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            options=PublishOptions(hold_s=60),
+        ),
+        adopt_into(registry, new, shared=True) or pytest.fail("nothing is shared"),
+    ):
+        assert {name: id(one) for name, one in new.named_parameters()} == {
+            name: id(one) for name, one in parameters.items()
+        }
+        assert new[3].weight is new[0].weight
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(new.state_dict()[name], tensor), name
+        assert isinstance(new[0].weight, nn.Parameter)
+        assert new[0].weight.requires_grad
+
+
+# -- refused
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_was_killed_inside_an_update_is_not_adopted(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    rank.do("begin")
+    signal_and_wait(rank.pid, signal.SIGKILL)
+    wait_until(partial(is_free, rank.keeper))
+    found = zeros()
+    assert adopt_into(registry, found) is None
+    assert not found["matrix"].any()
+
+
+def test_a_header_that_says_updating_is_torn_and_the_memory_is_let_go(
+    registry: Registry, start: Start
+) -> None:
+    """The rank ended before its keeper had heard of the update."""
+    rank = start()
+    kill(registry, rank)
+    record, manifest = manifest_of(registry)
+    fd, at = descriptor_at(manifest, record.header_addr)
+    os.pwrite(fd, b"\x01", at + 24)
+    os.close(fd)
+    found = zeros()
+    with pytest.raises(HeldUnusable, match="were being changed") as caught:
+        adopt_into(registry, found)
+    assert caught.value.details == {"key": record.key, "reason": "torn"}
+    assert not found["matrix"].any()
+    wait_until(partial(is_free, rank.keeper))
+    assert adopt_into(registry, found) is None
+
+
+def test_a_version_and_a_content_that_are_newer_than_the_record_are_those_of_the_header(
+    registry: Registry, start: Start
+) -> None:
+    """The rank ended before its keeper had heard of them."""
+    rank = start()
+    kill(registry, rank)
+    record, manifest = manifest_of(registry)
+    fd, at = descriptor_at(manifest, record.header_addr)
+    os.pwrite(fd, (2 * 7).to_bytes(8, "little") + b"\xcd" * 16, at + 24)
+    os.close(fd)
+    adopted = adopt_into(registry, zeros())
+    assert adopted is not None
+    assert (adopted.version, adopted.content) == (7, "cd" * 16)
+    assert adopted.record.version == 0
+
+
+def test_memory_with_another_header_is_let_go(registry: Registry, start: Start) -> None:
+    rank = start()
+    kill(registry, rank)
+    record, manifest = manifest_of(registry)
+    fd, at = descriptor_at(manifest, record.header_addr)
+    os.pwrite(fd, bytes(NBYTES), at)
+    os.close(fd)
+    with pytest.raises(HeldUnusable):
+        adopt_into(registry, zeros())
+    wait_until(partial(is_free, rank.keeper))
+
+
+def test_a_byte_that_has_changed_is_found_by_digests_and_the_memory_is_let_go(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    kill(registry, rank)
+    record, manifest = manifest_of(registry)
+    (entry,) = [one for one in manifest.tensors if one.name == "matrix"]
+    fd, at = descriptor_at(manifest, entry.addr)
+    os.pwrite(fd, b"\x99", at + 1000)
+    os.close(fd)
+    found = zeros()
+    with pytest.raises(HeldUnusable, match="not what it has published") as caught:
+        adopt_into(registry, found)
+    assert caught.value.details == {
+        "key": record.key,
+        "reason": "digests",
+        "problems": ["matrix"],
+    }
+    assert not found["matrix"].any()
+    wait_until(partial(is_free, rank.keeper))
+
+
+def test_without_verification_nobody_looks_at_digests(registry: Registry, start: Start) -> None:
+    kill(registry, start())
+    _, manifest = manifest_of(registry)
+    (entry,) = [one for one in manifest.tensors if one.name == "matrix"]
+    fd, at = descriptor_at(manifest, entry.addr)
+    os.pwrite(fd, b"\x99", at + 1000)
+    os.close(fd)
+    found = zeros()
+    adopted = adopt_into(registry, found, verify=False)
+    assert adopted is not None
+    assert not adopted.verified
+    assert not torch.equal(found["matrix"], weights()["matrix"])
+
+
+def other(change: str) -> Tensors:
+    tensors = zeros()
+    if change == "name":
+        tensors["other"] = tensors.pop("matrix")
+    elif change == "missing":
+        del tensors["short"]
+    elif change == "dtype":
+        tensors["matrix"] = torch.zeros(64, 48, dtype=torch.float64)
+    elif change == "shape":
+        tensors["matrix"] = torch.zeros(48, 64)
+    elif change == "strides":
+        tensors["transposed"] = torch.zeros(48, 64, dtype=torch.int16)
+    elif change == "tie":
+        tensors["tied too"] = torch.zeros(300, 100)
+    elif change == "lazy":
+        tensors["matrix"] = nn.LazyLinear(3).weight
+    return tensors
+
+
+def test_other_tensors_are_refused_and_the_memory_stays_held(
+    registry: Registry, start: Start
+) -> None:
+    kill(registry, start())
+    for change in ("name", "missing", "dtype", "shape", "strides", "tie", "lazy"):
+        with pytest.raises(HeldUnusable) as caught:
+            adopt_into(registry, other(change))
+        assert caught.value.details["reason"] == "tensors", change
+        assert caught.value.details["problems"], change
+    found = zeros()
+    assert adopt_into(registry, found) is not None
+    assert added_to(found) == 0
+
+
+def test_an_adopter_that_is_killed_before_it_has_finished_leaves_the_weights_to_another(
+    registry: Registry, start: Start, adopter: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    kill(registry, start())
+    for _ in range(2):
+        process = adopter("hang")
+        assert line_of(process) == "hangs\n"
+        found = zeros()
+        with pytest.raises(HeldUnusable) as caught:
+            adopt_into(registry, found)
+        assert caught.value.details["reason"] == "gone"
+        signal_and_wait(process.pid, signal.SIGKILL)
+
+    def is_adopted() -> bool:
+        with suppress(HeldUnusable):
+            return adopt_into(registry, found) is not None
+        return False
+
+    wait_until(is_adopted)
+    assert added_to(found) == 0
+
+
+# -- which ranks are found
+# --------------------------------------------------------------------------------------------------
+
+AXES = {
+    "model": (MODEL, ModelIdentity("in an arena", revision="2")),
+    "rank": (0, 1),
+    "world_size": (1, 2),
+    "topology": (None, {"tp": (0, 1)}),
+}
+
+
+def test_a_rank_is_found_only_where_model_rank_world_size_and_topology_are_equal(
+    registry: Registry, start: Start
+) -> None:
+    kill(registry, start())
+    for model, rank, world_size, topology in product(*AXES.values()):
+        if rank >= world_size:  # type: ignore[operator]
+            continue
+        found = find_held(
+            registry,
+            model,  # type: ignore[arg-type]
+            rank=rank,  # type: ignore[arg-type]
+            world_size=world_size,  # type: ignore[arg-type]
+            topology=topology,  # type: ignore[arg-type]
+        )
+        equal = (model, rank, world_size, topology) == (MODEL, 0, 1, None)
+        assert (found is not None) is equal, (model, rank, world_size, topology)
+
+
+def test_a_rank_that_lives_or_that_nobody_holds_is_not_adopted(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    assert adopt_into(registry, zeros()) is None
+    rank.do("close")
+    assert adopt_into(registry, zeros()) is None
+    assert is_free(rank.keeper)
+
+
+def test_ranks_of_another_namespace_are_not_found(
+    registry: Registry, start: Start, shared_etcd: LocalEtcd
+) -> None:
+    kill(registry, start())
+    with Registry.connect(shared_etcd.endpoint, namespace="/elsewhere") as other:
+        assert adopt_into(other, zeros()) is None
+    assert adopt_into(registry, zeros()) is not None
+
+
+# -- what a publication that is held does
+# --------------------------------------------------------------------------------------------------
+
+
+def test_tensors_outside_of_arenas_cannot_be_held_and_are_named(registry: Registry) -> None:
+    tensors = {"in": torch.zeros(3), "out": torch.zeros(3), "none": torch.empty(0)}
+    with SocketEngine("127.0.0.1") as engine, arena_of([tensors["in"]]):
+        with pytest.raises(TensorsUnusable, match="1 tensors lie in memory that goes") as caught:
+            publish(
+                registry,
+                engine,
+                instance="a",
+                rank=0,
+                world_size=1,
+                tensors=tensors,
+                model=MODEL,
+                options=PublishOptions(hold_s=60),
+            )
+    assert caught.value.details["problems"] == ["out"]
+    assert "arena_of" in caught.value.remedy
+
+
+@pytest.mark.parametrize("digests", [None, True, False])
+def test_held_weights_have_digests_unless_they_are_not_wanted(
+    registry: Registry, digests: bool | None
+) -> None:
+    tensors = {"in": torch.zeros(3)}
+    with (
+        SocketEngine("127.0.0.1") as engine,
+        arena_of(tensors),
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            options=PublishOptions(hold_s=60, digests=digests),
+        ) as publication,
+    ):
+        manifest = registry.manifest(publication.record)
+        assert (manifest.digests is not None) is (digests is not False)
+        assert len(manifest.exports) == 2 + (digests is not False)
+
+
+def test_a_publication_that_was_paused_replaced_and_updated_is_held_as_it_is_then(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    rank.do("pause")
+    assert is_free(rank.keeper)
+    rank.do("resume")
+    rank.do("update")
+    kill(registry, rank)
+    found = zeros()
+    adopted = adopt_into(registry, found)
+    assert adopted is not None
+    assert adopted.version == 1
+    assert added_to(found) == 1
+
+
+def test_a_rank_that_was_paused_is_not_held(registry: Registry, start: Start) -> None:
+    rank = start()
+    rank.do("pause")
+    signal_and_wait(rank.pid, signal.SIGKILL)
+    wait_until(lambda: not registry.instances())
+    assert adopt_into(registry, zeros()) is None
+
+
+def test_tensors_that_have_changed_since_are_not_published_with_the_old_content(
+    registry: Registry, start: Start
+) -> None:
+    kill(registry, start())
+    found = zeros()
+    adopted = adopt_into(registry, found)
+    assert adopted is not None
+    found["matrix"].add_(1)
+    with SocketEngine("127.0.0.1") as engine:
+        with pytest.raises(DigestMismatch, match="1 tensors of a/0 have other bytes"):
+            adopted.publish(registry, engine, instance="a")
+        found["matrix"].sub_(1)
+        with adopted.publish(registry, engine, instance="a") as publication:
+            assert publication.content == adopted.content
+
+
+# -- memory is free again
+# --------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_free_when_it_has_been_held_for_so_long(registry: Registry, start: Start) -> None:
+    rank = start("socket", 1.0)
+    kill(registry, rank)
+    wait_until(partial(is_free, rank.keeper))
+    assert adopt_into(registry, zeros()) is None
+
+
+def test_memory_is_free_when_the_last_adopted_tensor_is_gone(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    kill(registry, rank)
+    found = zeros()
+    adopted = adopt_into(registry, found)
+    assert adopted is not None
+    wait_until(partial(is_free, rank.keeper))
+    inode = inode_at("self", found["matrix"].data_ptr())
+    assert f" {inode} " in Path("/proc/self/maps").read_text()
+    del found, adopted
+    assert f" {inode} " not in Path("/proc/self/maps").read_text()
+    assert inode not in [os.stat(f"/proc/self/fd/{fd}").st_ino for fd in fds_of_this_process()]
+
+
+# -- shared
+# --------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_a_rank_that_lives_are_shared_until_it_changes_them(
+    registry: Registry, start: Start
+) -> None:
+    rank = start()
+    found = zeros()
+    shared = adopt_into(registry, found, shared=True)
+    assert shared is not None
+    with shared:
+        assert added_to(found) == 0
+        assert (shared.shared, shared.current, shared.verified) == (True, True, True)
+        (kept,) = [kept for kept in keepers_here() if kept.key == "/engines/a/0" and kept.sharers]
+        assert kept.sharers == 1
+        with (
+            SocketEngine("127.0.0.1") as engine,
+            pytest.raises(LoaderError, match="cannot be published"),
+        ):
+            shared.publish(registry, engine, instance="b")
+        rank.do("update")
+        assert not shared.current
+        assert added_to(found) == 1  # the memory is the same
+    again = adopt_into(registry, zeros(), shared=True)
+    assert again is not None
+    assert again.version == 1
+    again.close()
+    assert not again.current
+
+
+def test_shared_weights_cannot_be_written_to(
+    registry: Registry, start: Start, adopter: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    start()
+    process = adopter("share")
+    assert adopted_by(process)["equal"]
+    assert process.stdin is not None
+    process.stdin.write("write\n")
+    process.stdin.flush()
+    assert process.wait(60) == -signal.SIGSEGV
+    found = zeros()
+    with adopt_into(registry, found, shared=True) or pytest.fail("nothing is shared"):
+        assert added_to(found) == 0
+        with (
+            SocketEngine("127.0.0.1") as engine,
+            pytest.raises(TensorsUnusable, match="its memory is read-only"),
+        ):
+            load(registry, engine, "a", rank=0, tensors=found, timeout_s=60)
+
+
+def test_weights_that_are_held_can_be_shared_and_adopted_afterwards(
+    registry: Registry, start: Start
+) -> None:
+    kill(registry, start())
+    shared, own = zeros(), zeros()
+    with adopt_into(registry, shared, shared=True) or pytest.fail("nothing is shared") as sharing:
+        assert adopt_into(registry, own) is not None
+        assert not sharing.current
+        assert added_to(shared) == added_to(own) == 0
+
+
+# -- killed at any moment
+# --------------------------------------------------------------------------------------------------
+
+
+def adopted_or_refused(registry: Registry, rank: Rank, key: str) -> str:
+    """What comes of the rank, whose process has ended."""
+
+    def is_settled() -> bool:
+        record = registry.record_at(key)
+        return record is None or bool(record.ended)
+
+    wait_until(is_settled)
+    found = zeros()
+    outcome = "not held"
+    with suppress(HeldUnusable):
+        outcome = "refused"
+        adopted = adopt_into(registry, found)
+        outcome = "not held"
+        if adopted is not None:
+            assert adopted.verified
+            assert added_to(found) == adopted.version
+            return "adopted"
+    assert not found["matrix"].any()
+    return outcome
+
+
+def kill_idle(registry: Registry, rank: Rank, number: int) -> str:
+    time.sleep(0.001 * number)
+    signal_and_wait(rank.pid, signal.SIGKILL)
+    return adopted_or_refused(registry, rank, "/engines/a/0")
+
+
+def kill_serving(registry: Registry, rank: Rank, number: int) -> str:
+    begun, over = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with SocketEngine("127.0.0.1", same_host=False) as engine:
+            while not over.is_set():
+                with suppress(LoaderError, RegistryError):
+                    load(registry, engine, "a", rank=0, tensors=zeros(), timeout_s=0)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert begun.wait(60)
+        return kill_idle(registry, rank, number)
+    finally:
+        over.set()
+        reader.join(60)
+
+
+def kill_loading(registry: Registry, rank: Rank, number: int) -> str:
+    with SocketEngine("127.0.0.1") as engine:
+        tensors = weights()
+        with publish(
+            registry,
+            engine,
+            instance="source",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            options=PublishOptions(digests=True),
+        ):
+            rank.do("close")
+            rank.do("load")
+            time.sleep(0.004 * number)
+            signal_and_wait(rank.pid, signal.SIGKILL)
+            return adopted_or_refused(registry, rank, "/engines/b/0")
+
+
+def kill_updating(registry: Registry, rank: Rank, number: int) -> str:
+    rank.do("updates")
+    return kill_idle(registry, rank, number)
+
+
+KILLS = {
+    "idle": kill_idle,
+    "serving": kill_serving,
+    "loading": kill_loading,
+    "updating": kill_updating,
+}
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, id="3"), pytest.param(25, id="25", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("when", KILLS)
+def test_whenever_a_rank_is_killed_its_weights_are_adopted_exactly_or_refused(
+    registry: Registry, start: Start, when: str, kills: int
+) -> None:
+    found = [KILLS[when](registry, start(), number) for number in range(kills)]
+    if when in ("idle", "serving"):
+        assert found == ["adopted"] * kills
