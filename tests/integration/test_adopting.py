@@ -39,7 +39,7 @@ from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
 from engine_registry.errors import RegistryError
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.registration.descriptors import fetch
-from engine_registry.registration.held import keepers_here
+from engine_registry.registration.held import Kept, keepers_here
 from tests.integration.conftest import Processes, line_of
 from tests.support.arenas import Rank, arenas_of
 from tests.support.processes.arena import CHANGING, MODEL, weights
@@ -82,10 +82,19 @@ def zeros() -> Tensors:
     return tensors
 
 
+def kept(registry: Registry) -> list[tuple[Kept, RankRecord]]:
+    """What keepers have of the ranks of this test: those of other tests are on this host, too."""
+    found = [(one, registry.record_at(one.key)) for one in keepers_here()]
+    return [
+        (one, record)
+        for one, record in found
+        if record is not None and record.incarnation == one.incarnation
+    ]
+
+
 def held(registry: Registry) -> list[RankRecord]:
     """The ranks of this test that are held, once their keepers have said so."""
-    found = [registry.record_at(kept.key) for kept in keepers_here() if kept.held]
-    return [record for record in found if record is not None and record.held]
+    return [record for one, record in kept(registry) if one.held and record.held]
 
 
 def kill(registry: Registry, rank: Rank) -> None:
@@ -174,11 +183,7 @@ def test_a_new_process_has_the_weights_of_one_that_was_killed_where_they_are(
     assert all(found[name] is objects[name] for name in found)
     assert found["tied"].data_ptr() == found["tied too"].data_ptr()
     wait_until(partial(is_free, rank.keeper))
-    assert keepers_of_this_test(registry) == []
-
-
-def keepers_of_this_test(registry: Registry) -> list[str]:
-    return [kept.key for kept in keepers_here() if registry.record_at(kept.key) is not None]
+    assert kept(registry) == []
 
 
 def test_nothing_is_copied(registry: Registry, start: Start) -> None:
@@ -596,8 +601,8 @@ def test_weights_of_a_rank_that_lives_are_shared_until_it_changes_them(
     with shared:
         assert added_to(found) == 0
         assert (shared.shared, shared.current, shared.verified) == (True, True, True)
-        (kept,) = [kept for kept in keepers_here() if kept.key == "/engines/a/0" and kept.sharers]
-        assert kept.sharers == 1
+        ((keeper, _),) = kept(registry)
+        assert (keeper.held, keeper.sharers) == (False, 1)
         with (
             SocketEngine("127.0.0.1") as engine,
             pytest.raises(LoaderError, match="cannot be published"),

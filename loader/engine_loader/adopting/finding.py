@@ -62,7 +62,7 @@ def find_held(
         InvalidField: An argument is not valid; `details["field"]` names it.
         EtcdError: Etcd cannot be reached, or refuses.
     """
-    return _find(registry, model, rank, world_size, topology, lambda record: record.held)
+    return _find(registry, model, rank, world_size, topology, _is_held)
 
 
 def find_shared(
@@ -74,11 +74,16 @@ def find_shared(
     topology: Mapping[str, tuple[int, int]] | None = None,
 ) -> HeldRank | None:
     """As `find_held`, also of ranks that live and are ready."""
+    return _find(registry, model, rank, world_size, topology, _can_be_shared)
 
-    def is_good(record: RankRecord) -> bool:
-        return record.held or (not record.ended and record.state is RankState.READY)
 
-    return _find(registry, model, rank, world_size, topology, is_good)
+def _is_held(kept: Kept, record: RankRecord) -> bool:
+    """Its keeper says so, who may not have written it into the record yet."""
+    return kept.held and (record.held or not record.ended)
+
+
+def _can_be_shared(kept: Kept, record: RankRecord) -> bool:
+    return _is_held(kept, record) or (not record.ended and record.state is RankState.READY)
 
 
 def _find(
@@ -87,14 +92,14 @@ def _find(
     rank: int,
     world_size: int,
     topology: Mapping[str, tuple[int, int]] | None,
-    is_good: Callable[[RankRecord], bool],
+    is_good: Callable[[Kept, RankRecord], bool],
 ) -> HeldRank | None:
     rank, world_size = check_rank(rank, world_size)
     wanted = (model, rank, world_size, check_topology(topology or {}))
     found: list[tuple[RankRecord, Kept]] = []
     for kept in keepers_here():
         record = registry.record_at(kept.key)
-        if record is None or record.incarnation != kept.incarnation or not is_good(record):
+        if record is None or record.incarnation != kept.incarnation or not is_good(kept, record):
             continue
         if (record.model, record.rank, record.world_size, dict(record.topology)) == wanted:
             found.append((record, kept))

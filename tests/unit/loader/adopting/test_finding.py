@@ -22,6 +22,7 @@ from engine_registry.schema.manifest import Export
 from tests.support.builders import a_record
 
 MODEL = ModelIdentity("m")
+UNTIL = "2026-11-30T00:00:00Z"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Rank:
     tp: int = 0  # the index along an axis; 0: the rank states none
     state: RankState = RankState.READY
     held: bool = True
+    is_written: bool = True  # that it is held, into its record
+    has_left: bool = False
     is_other: bool = False  # another process has registered the rank since
     is_damaged: bool = False  # the manifest
     is_elsewhere: bool = False  # the keeper is not the one that the manifest names
@@ -45,7 +48,8 @@ class Rank:
 
     def is_wanted(self, shared: bool) -> bool:
         good = self.held or (shared and self.state is RankState.READY)
-        return good and not (self.is_other or self.is_damaged or self.is_elsewhere)
+        wrong = self.is_other or self.is_damaged or self.is_elsewhere or self.has_left
+        return good and not wrong
 
 
 class Etcd:
@@ -65,8 +69,8 @@ class Etcd:
                 topology=one.topology,
                 state=one.state,
                 order=one.order,
-                ended="process ended" if one.held else "",
-                held_until="2026-11-30T00:00:00Z" if one.held else "",
+                ended="process ended" if one.has_left or (one.held and one.is_written) else "",
+                held_until=UNTIL if one.held and one.is_written and not one.has_left else "",
             )
             place = DescriptorPlace(bytes([number]) * 16, bytes(16))
             handle = Pieces(place, 0, (4096,), on_host=True).encode()
@@ -78,7 +82,7 @@ class Etcd:
             )
             name = bytes([99]) * 16 if one.is_elsewhere else place.name
             incarnation = "f" * 32 if one.is_other else record.incarnation
-            until = record.held_until
+            until = UNTIL if one.held else ""
             self.kept.append(Kept(name, record.key, incarnation, 1, ("host",), 0, until, 9.0, 0))
 
     def record_at(self, key: str) -> RankRecord | None:
@@ -116,6 +120,8 @@ RANKS = st.builds(
     tp=st.integers(0, 2),
     state=st.sampled_from([RankState.READY, RankState.UPDATING, RankState.LOADING]),
     held=st.booleans(),
+    is_written=st.booleans(),
+    has_left=st.booleans(),
     is_other=st.booleans(),
     is_damaged=st.booleans(),
     is_elsewhere=st.booleans(),
