@@ -24,7 +24,9 @@ from engine_loader import (
     Adopted,
     HeldUnusable,
     LoaderError,
+    LoadOptions,
     PublishOptions,
+    Shard,
     SocketEngine,
     adopt,
     arena_of,
@@ -520,7 +522,68 @@ def test_held_weights_have_digests_unless_they_are_not_wanted(
         assert len(manifest.exports) == 2 + (digests is not False)
 
 
-def test_a_publication_that_was_paused_replaced_and_updated_is_held_as_it_is_then(
+def test_boxes_and_values_go_with_the_weights(registry: Registry, start: Start) -> None:
+    rank = start()
+    rank.do("box")
+    kill(registry, rank)
+    with pytest.raises(HeldUnusable, match="matrix: another part of the whole is held"):
+        adopt_into(registry, zeros(), shards={"matrix": Shard((128, 48), (0, 0))})
+    adopted = adopt_into(registry, zeros())  # which say nothing of boxes
+    assert adopted is not None
+    assert adopted.version == 1
+    options = PublishOptions(version=5)
+    with (
+        SocketEngine("127.0.0.1") as engine,
+        adopted.publish(registry, engine, instance="b", options=options) as publication,
+    ):
+        manifest = registry.manifest(publication.record)
+        assert manifest.values == {"step": 7}
+        (matrix,) = [entry for entry in manifest.tensors if entry.name == "matrix"]
+        assert (matrix.opaque, matrix.global_shape, matrix.offsets) == (False, (128, 48), (64, 0))
+        assert (publication.content, publication.version) == (adopted.content, 5)
+        half = {"matrix": torch.zeros(64, 48)}
+        load(
+            registry,
+            engine,
+            "b",
+            rank=0,
+            tensors=half,
+            shards={"matrix": Shard((128, 48), (64, 0))},
+            timeout_s=60,
+            options=LoadOptions(partial=True),
+        )
+        assert torch.equal(half["matrix"], weights()["matrix"])
+
+
+def test_a_replica_is_held_once_it_has_loaded_all(registry: Registry, start: Start) -> None:
+    with SocketEngine("127.0.0.1") as engine:
+        tensors = weights()
+        for name in CHANGING:
+            tensors[name].add_(3)
+        with publish(
+            registry,
+            engine,
+            instance="source",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            options=PublishOptions(digests=True, version=3),
+        ) as source:
+            rank = start()
+            rank.do("close")
+            rank.do("load")
+            registry.resolve("b", 60)
+            kill(registry, rank)
+            found = zeros()
+            adopted = adopt_into(registry, found)
+            assert adopted is not None
+            assert adopted.record.instance == "b"
+            assert (adopted.version, adopted.content) == (3, source.content)
+            assert added_to(found) == 3
+
+
+def test_a_publication_that_was_paused_and_updated_is_held_as_it_is_then(
     registry: Registry, start: Start
 ) -> None:
     rank = start()

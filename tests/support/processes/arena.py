@@ -3,7 +3,8 @@
 ENGINE is `host gpus`, which is cuda_ipc with the host's memory, `tcp` or `socket`. Its keeper holds
 the weights for HOLD_S. Prints the pid of its keeper, and each command once it is done. `update`:
 adds one to every element. `begin`: begins an update, and changes some of them. `updates`: goes on
-updating. `pause` and `resume`: as a publication does. `load`: loads what `source` publishes, and
+updating. `pause` and `resume`: as a publication does. `box`: publishes the same tensors anew, one
+of them as the lower half of a whole. `load`: loads what `source` publishes, and
 publishes that as `b`. Ends with its input.
 """
 
@@ -20,6 +21,7 @@ from engine_loader import (
     Publication,
     PublishOptions,
     Replica,
+    Shard,
     SocketEngine,
     arena_of,
     load,
@@ -30,6 +32,7 @@ from engine_registry import ModelIdentity, Registry
 from tests.support.host_gpus import HostGpus
 
 MODEL = ModelIdentity("in an arena")
+LOWER_HALF = {"matrix": Shard((128, 48), (64, 0))}
 CHANGING = ("matrix", "transposed", "tied", "short")
 
 
@@ -61,7 +64,7 @@ def update(publication: Publication, tensors: dict[str, torch.Tensor]) -> None:
 
 def main(endpoint: str, namespace: str, engine: str, hold_s: str = "0") -> None:
     tensors = weights()
-    options = PublishOptions(digests=True, ttl_s=5.0, hold_s=float(hold_s))
+    options = PublishOptions(digests=True, ttl_s=5.0, hold_s=float(hold_s), values={"step": 7})
     with (
         arena_of(tensors),
         Registry.connect(endpoint, namespace=namespace, timeout_s=60) as registry,
@@ -85,6 +88,8 @@ def main(endpoint: str, namespace: str, engine: str, hold_s: str = "0") -> None:
             elif line == "begin\n":
                 stack.enter_context(publication.update())
                 tensors["matrix"].add_(1)
+            elif line == "box\n":
+                publication.replace(tensors, LOWER_HALF)
             elif line == "updates\n":
                 print(line, end="", flush=True)
                 while True:
