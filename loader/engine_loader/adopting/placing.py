@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from engine_loader.tensors.modes import plain_torch
@@ -49,12 +50,11 @@ class Wanted:
         """
         problems = []
         for name, view in views.items():
-            tensor = self.tensors[name]
+            tensor: Any = self.tensors[name]
             if not tensor.is_meta or id(tensor) in self._made:
                 continue
             try:
-                made = torch.Tensor._make_subclass(type(tensor), view, tensor.requires_grad)
-                vars(made).update(vars(tensor))  # engines hang loaders and layouts on parameters
+                made = _like(tensor, view)
             except Exception as exc:  # noqa: BLE001  a subclass may raise whatever it likes
                 problems.append(f"{name}: no {type(tensor).__name__} can be made of memory ({exc})")
                 continue
@@ -74,9 +74,28 @@ class Wanted:
                 tensor.data = view
 
 
-def _unfit(tensor: Any) -> str:
+def _like(tensor: Any, view: torch.Tensor) -> torch.Tensor:
+    """The same with that memory, which for a DTensor is its part."""
+    made: torch.Tensor
     if is_sharded(tensor):
-        return "is a DTensor on the meta device: call .to_empty() first, or adopt plain tensors"
+        made = type(tensor).from_local(
+            view,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    else:
+        made = torch.Tensor._make_subclass(type(tensor), view, tensor.requires_grad)
+    for name, value in vars(tensor).items():  # engines hang loaders and layouts on parameters
+        vars(made).setdefault(name, value)
+    return made
+
+
+def _unfit(tensor: Any) -> str:
     if is_lazy(tensor):
         return "is not initialized and has no shape yet: run its module once"
     if tensor.layout is not torch.strided or not is_dense(tensor):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine_loader.adopting.placing import Wanted
 from engine_loader.errors import TensorsUnusable
@@ -121,6 +126,32 @@ def test_what_cannot_be_replaced_is_refused_by_name_and_nothing_has_changed() ->
     problems = {line.partition(":")[0] for line in caught.value.details["problems"]}
     assert problems == tensors.keys() - {"view"}
     assert reference() is weak
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of a job of four, in which nobody else takes part."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield DeviceMesh("cpu", torch.arange(4))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_part_of_a_dtensor_gets_the_memory(mesh: DeviceMesh, device: str) -> None:
+    local = torch.zeros(2, 3, device=device)
+    tensor = nn.Parameter(
+        DTensor.from_local(local, mesh, [Split(0)], shape=torch.Size((8, 3)), stride=(3, 1))
+    )
+    (entry,) = Wanted({"a": tensor}, None).entries
+    assert (entry.shape, entry.global_shape, entry.offsets) == ((2, 3), (8, 3), (2, 0))
+    view = torch.arange(6.0).view(2, 3)
+    put({"a": tensor}, {"a": view})
+    assert isinstance(tensor, nn.Parameter)
+    part: DTensor = tensor.data  # type: ignore[assignment]
+    assert isinstance(part, DTensor)
+    assert part.placements == (Split(0),)
+    assert part.to_local().data_ptr() == view.data_ptr()
+    assert tensor.device == CPU
 
 
 def test_a_shard_that_does_not_fit_is_refused() -> None:
