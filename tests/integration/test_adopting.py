@@ -779,7 +779,7 @@ def kill_loading(registry: Registry, rank: Rank, number: int) -> str:
         ):
             rank.do("close")
             rank.do("load")
-            time.sleep(0.004 * number)
+            time.sleep(0.01 * number)
             signal_and_wait(rank.pid, signal.SIGKILL)
             return adopted_or_refused(registry, rank, "/engines/b/0")
 

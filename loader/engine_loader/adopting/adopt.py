@@ -93,8 +93,10 @@ def adopt(
     with ExitStack() as stack:
         try:
             wanted = _wanted(tensors, shards)
-            adopted = _share(found, wanted, verify, began, stack) if shared else None
-            adopted = adopted or _adopt(found, wanted, verify, began)
+            if shared:
+                adopted = _share(found, wanted, verify, began, stack)
+            else:
+                adopted = _adopt(found, wanted, verify, began)
         except TensorsUnusable as exc:
             raise _unusable(found, "tensors", exc.what, exc.remedy, **exc.details) from exc
         except (EngineFailed, KeeperFailed) as exc:

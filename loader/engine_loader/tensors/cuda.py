@@ -66,6 +66,7 @@ def device_of(addr: int) -> int | None:
 @functools.cache
 def uuid_of(gpu: int) -> str:
     """Of the GPU with that number, as nvidia-smi prints it; EngineFailed."""
+    torch.cuda.init()  # the driver answers nothing before
     device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     failed = f"cuda:{gpu} has no UUID"
     check(driver().cuDeviceGet(ctypes.byref(device), gpu), failed)
