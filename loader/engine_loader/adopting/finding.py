@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine_loader.errors import EngineFailed
@@ -62,7 +62,7 @@ def find_held(
         InvalidField: An argument is not valid; `details["field"]` names it.
         EtcdError: Etcd cannot be reached, or refuses.
     """
-    return _find(registry, model, rank, world_size, topology, _is_held)
+    return _find(registry, model, rank, world_size, topology, shared=False)
 
 
 def find_shared(
@@ -74,16 +74,7 @@ def find_shared(
     topology: Mapping[str, tuple[int, int]] | None = None,
 ) -> HeldRank | None:
     """As `find_held`, also of ranks that live and are ready."""
-    return _find(registry, model, rank, world_size, topology, _can_be_shared)
-
-
-def _is_held(kept: Kept, record: RankRecord) -> bool:
-    """Its keeper says so, who may not have written it into the record yet."""
-    return kept.held and (record.held or not record.ended)
-
-
-def _can_be_shared(kept: Kept, record: RankRecord) -> bool:
-    return _is_held(kept, record) or (not record.ended and record.state is RankState.READY)
+    return _find(registry, model, rank, world_size, topology, shared=True)
 
 
 def _find(
@@ -92,14 +83,16 @@ def _find(
     rank: int,
     world_size: int,
     topology: Mapping[str, tuple[int, int]] | None,
-    is_good: Callable[[Kept, RankRecord], bool],
+    shared: bool,
 ) -> HeldRank | None:
     rank, world_size = check_rank(rank, world_size)
     wanted = (model, rank, world_size, check_topology(topology or {}))
     found: list[tuple[RankRecord, Kept]] = []
     for kept in keepers_here():
+        if not (kept.held or shared):
+            continue
         record = registry.record_at(kept.key)
-        if record is None or record.incarnation != kept.incarnation or not is_good(kept, record):
+        if record is None or record.incarnation != kept.incarnation or not _is_there(kept, record):
             continue
         if (record.model, record.rank, record.world_size, dict(record.topology)) == wanted:
             found.append((record, kept))
@@ -108,6 +101,13 @@ def _find(
         if isinstance(manifest, Manifest) and _is_kept(manifest, kept):
             return HeldRank(record, manifest, kept)
     return None
+
+
+def _is_there(kept: Kept, record: RankRecord) -> bool:
+    """A keeper may hold what it has not written into the record yet, as while etcd is away."""
+    if kept.held:
+        return record.held or not record.ended
+    return not record.ended and record.state is RankState.READY
 
 
 def _is_kept(manifest: Manifest, kept: Kept) -> bool:
