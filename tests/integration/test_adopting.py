@@ -34,6 +34,7 @@ from engine_loader import (
     load,
     publish,
 )
+from engine_loader.adopting import adopt as adopting
 from engine_loader.errors import DigestMismatch, TensorsUnusable
 from engine_loader.publishing.header import NBYTES
 from engine_loader.sharing.pieces import Pieces
@@ -57,8 +58,8 @@ def start(processes: Processes, shared_etcd: LocalEtcd, namespace: str) -> Itera
     """Keepers of ranks that were killed are killed at the end of the test."""
     keepers: list[int] = []
 
-    def start(engine: str = "socket", hold_s: float = 60.0) -> Rank:
-        args = ("tests.support.processes.arena", shared_etcd.endpoint, namespace, engine)
+    def start(engine: str = "socket", hold_s: float = 60.0, etcd: LocalEtcd = shared_etcd) -> Rank:
+        args = ("tests.support.processes.arena", etcd.endpoint, namespace, engine)
         rank = Rank(processes.start("-m", *args, str(hold_s)))
         keepers.append(rank.keeper)
         return rank
@@ -465,6 +466,37 @@ def test_a_rank_that_lives_or_that_nobody_holds_is_not_adopted(
     rank.do("close")
     assert adopt_into(registry, zeros()) is None
     assert is_free(rank.keeper)
+
+
+def test_a_rank_that_was_killed_while_etcd_was_away_is_adopted_when_it_is_back(
+    own_etcd: LocalEtcd, namespace: str, start: Start
+) -> None:
+    rank = start(etcd=own_etcd)
+    own_etcd.pause()
+    signal_and_wait(rank.pid, signal.SIGKILL)
+    wait_until(lambda: any(one.held and one.pid == rank.keeper for one in keepers_here()))
+    own_etcd.resume()
+    with Registry.connect(own_etcd.endpoint, namespace=namespace, timeout_s=60) as registry:
+        found = zeros()
+        assert adopt_into(registry, found) is not None
+        assert added_to(found) == 0
+
+
+def test_weights_whose_keeper_is_killed_too_are_gone(
+    registry: Registry, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = start()
+    kill(registry, rank)
+    before = find_held(registry, MODEL, rank=0, world_size=1)
+    assert before is not None
+    signal_and_wait(rank.keeper, signal.SIGKILL)
+    found = zeros()
+    assert adopt_into(registry, found) is None
+    monkeypatch.setattr(adopting, "find_held", lambda *_, **__: before)
+    with pytest.raises(HeldUnusable) as caught:
+        adopt_into(registry, found)
+    assert caught.value.details["reason"] == "gone"
+    assert not found["matrix"].any()
 
 
 def test_ranks_of_another_namespace_are_not_found(
