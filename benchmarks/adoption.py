@@ -12,7 +12,8 @@ the host or on a GPU. Seconds are counted from the moment at which the process i
 | `published_s` | peers can read them |
 
 `map_s` is what it takes to take the memory from the keeper and to map it, and `adopt_s` all of
-`adopt`, with what it reads in etcd and with the digests.
+`adopt`, with what it reads in etcd and with the digests. `memory_to_weights` is what the memory of
+the host that is this process's alone has grown by meanwhile.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ def again(endpoint: str, device: str, count: str, began: str) -> None:
             OpenedRank(held, shared=False)
         times["map_s"] = time.monotonic() - start
         since += time.monotonic() - start  # a start has no such part
+        before = figures.memory_nbytes(os.getpid(), "RssAnon")
         adopted = adopt(registry, MODEL, tensors, rank=0, world_size=1)
+        more = figures.memory_nbytes(os.getpid(), "RssAnon") - before
+        times["memory_to_weights"] = more / (int(count) * _LAYER_NBYTES)
         if adopted is None or not adopted.verified:
             raise click.ClickException("nothing was adopted")
         times["verified_s"] = time.monotonic() - since

@@ -530,6 +530,35 @@ def test_tensors_outside_of_arenas_cannot_be_held_and_are_named(registry: Regist
     assert "arena_of" in caught.value.remedy
 
 
+def test_other_tensors_that_cannot_be_held_are_refused_and_nothing_has_changed(
+    registry: Registry,
+) -> None:
+    tensors = {"in": torch.zeros(3)}
+    with (
+        SocketEngine("127.0.0.1") as engine,
+        arena_of(tensors),
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=tensors,
+            model=MODEL,
+            options=PublishOptions(hold_s=60),
+        ) as publication,
+    ):
+        with pytest.raises(TensorsUnusable, match="memory that goes with this process"):
+            publication.replace({"out": torch.zeros(3)})
+        assert not publication.paused
+        assert publication.version == 0
+        others = {"in too": torch.ones(3)}
+        arena_of(others).close()
+        publication.replace(others)
+        with adopt_into(registry, {"in too": torch.zeros(3)}, shared=True) or pytest.fail():
+            assert publication.version == 1
+
+
 @pytest.mark.parametrize("digests", [None, True, False])
 def test_held_weights_have_digests_unless_they_are_not_wanted(
     registry: Registry, digests: bool | None

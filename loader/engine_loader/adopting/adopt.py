@@ -171,7 +171,7 @@ def _check(found: HeldRank, memory: OpenedRank, wanted: Wanted, verify: bool) ->
     matching, problems = match(found.manifest.tensors, wanted.entries)
     if not problems:
         views = memory.views(matching, wanted.parts)
-        problems = wanted.differences({name: view.device for name, view in views.items()})
+        problems = wanted.elsewhere({name: view.device for name, view in views.items()})
     if problems:
         raise _unusable(
             found,
@@ -244,7 +244,7 @@ def _unusable(
     found: HeldRank, reason: str, what: str, remedy: str, **details: object
 ) -> HeldUnusable:
     return HeldUnusable(
-        f"what {found.record.key} has left here cannot be adopted: {what}",
+        f"the weights that the keeper of {found.record.key} has cannot be adopted: {what}",
         remedy,
         **{**details, "key": found.record.key, "reason": reason},
     )

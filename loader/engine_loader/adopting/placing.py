@@ -34,8 +34,8 @@ class Wanted:
         self.entries = _described(self.tensors, self.parts, boxes)
         self._made: dict[int, torch.Tensor] = {}
 
-    def differences(self, devices: Mapping[str, torch.device]) -> list[str]:
-        """One line for each tensor with memory on another device."""
+    def elsewhere(self, devices: Mapping[str, torch.device]) -> list[str]:
+        """One line for each tensor that has memory on another device than what is held."""
         return [
             f"{name}: on {device} held, on {part.device} here"
             for name, device in devices.items()

@@ -44,7 +44,7 @@ def _is_mortal(tensor: torch.Tensor) -> bool:
         return True
 
 
-def room(device: torch.device, nbytes: int) -> torch.Tensor:
+def room_to_hold(device: torch.device, nbytes: int) -> torch.Tensor:
     """So many bytes that can be held; EngineFailed."""
     with Arena(device, nbytes) as arena:
         return arena.take(nbytes)

@@ -22,8 +22,7 @@ from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.delta_shelf import offer_shelf
 from engine_loader.publishing.header import NBYTES, Header, HeaderCell
-from engine_loader.publishing.holding import check_can_be_held, exports_of
-from engine_loader.publishing.holding import room as room_to_hold
+from engine_loader.publishing.holding import check_can_be_held, exports_of, room_to_hold
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.remembered import RememberedTensors
@@ -120,10 +119,8 @@ def offer_weights(
     `content` is theirs where it is known. DigestMismatch names those whose digests are not the
     `expected` ones.
     """
-    check_can_be_served(engine, weights.parts)
     held = options.hold_s > 0
-    if held:
-        check_can_be_held(weights.parts)
+    check_can_be_served(engine, weights.parts, held)
     values = encode_values(options.values or {})
     manifest = replace(weights.manifest, values=values, block_nbytes=block_nbytes)
     device = weights.devices[0]
@@ -218,8 +215,14 @@ _TAKEN = {  # by protocol, with the remedy for other memory
 }
 
 
-def check_can_be_served(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> None:
-    """TensorsUnusable names those that are not in memory which peers can open."""
+def check_can_be_served(
+    engine: Engine, tensors: Mapping[str, torch.Tensor], held: bool = False
+) -> None:
+    """TensorsUnusable names those that are not in memory which peers can open, or, with `held`,
+    which outlives this process.
+    """
+    if held:
+        check_can_be_held(tensors)
     if engine.protocol == "socket":
         _check_on_host(tensors)
     if engine.protocol not in WITHIN_HOST:

@@ -323,7 +323,7 @@ class Publication(Closable):
             RegistrationLost: The rank was evicted, or another took its place.
         """
         weights = Destination.of(tensors, shards)
-        check_can_be_served(self._served.engine, weights.parts)
+        check_can_be_served(self._served.engine, weights.parts, self._served.held)
         with self._served.alone("replace"):
             self._served.check_in_place_served("replace")
             self._served.check_settled("replace")

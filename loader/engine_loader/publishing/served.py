@@ -72,6 +72,11 @@ class Served:
         return self.registration.record
 
     @property
+    def held(self) -> bool:
+        """Whether the weights outlive this process."""
+        return self._options.hold_s > 0
+
+    @property
     def header(self) -> HeaderCell:
         return self._held.header
 

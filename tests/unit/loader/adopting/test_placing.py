@@ -162,5 +162,5 @@ def test_a_shard_that_does_not_fit_is_refused() -> None:
 def test_memory_on_another_device_is_a_difference() -> None:
     wanted = Wanted({"a": torch.zeros(3), "m": torch.empty(3, device="meta")}, None)
     gpu = torch.device("cuda:0")
-    assert wanted.differences({"a": CPU, "m": gpu}) == []
-    assert wanted.differences({"a": gpu, "m": gpu}) == ["a: on cuda:0 held, on cpu here"]
+    assert wanted.elsewhere({"a": CPU, "m": gpu}) == []
+    assert wanted.elsewhere({"a": gpu, "m": gpu}) == ["a: on cuda:0 held, on cpu here"]
