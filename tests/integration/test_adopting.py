@@ -119,6 +119,12 @@ def adopt_into(
     return adopt(registry, MODEL, tensors, rank=0, world_size=1, **options)  # type: ignore[arg-type]
 
 
+def shared_with(registry: Registry, tensors: Tensors | nn.Module) -> Adopted:
+    found = adopt_into(registry, tensors, shared=True)
+    assert found is not None
+    return found
+
+
 def adopted_by(process: subprocess.Popen[str]) -> dict[str, object]:
     found: dict[str, object] = json.loads(line_of(process))
     return found
@@ -263,7 +269,7 @@ def test_a_module_on_the_meta_device_has_the_weights_and_keeps_its_parameters(
             model=MODEL,
             options=PublishOptions(hold_s=60),
         ),
-        adopt_into(registry, new, shared=True) or pytest.fail("nothing is shared"),
+        shared_with(registry, new),
     ):
         assert {name: id(one) for name, one in new.named_parameters()} == {
             name: id(one) for name, one in parameters.items()
@@ -555,7 +561,7 @@ def test_other_tensors_that_cannot_be_held_are_refused_and_nothing_has_changed(
         others = {"in too": torch.ones(3)}
         arena_of(others).close()
         publication.replace(others)
-        with adopt_into(registry, {"in too": torch.zeros(3)}, shared=True) or pytest.fail():
+        with shared_with(registry, {"in too": torch.zeros(3)}):
             assert publication.version == 1
 
 
@@ -753,7 +759,7 @@ def test_shared_weights_cannot_be_written_to(
     process.stdin.flush()
     assert process.wait(60) == -signal.SIGSEGV
     found = zeros()
-    with adopt_into(registry, found, shared=True) or pytest.fail("nothing is shared"):
+    with shared_with(registry, found):
         assert added_to(found) == 0
         with (
             SocketEngine("127.0.0.1") as engine,
@@ -767,7 +773,7 @@ def test_weights_that_are_held_can_be_shared_and_adopted_afterwards(
 ) -> None:
     kill(registry, start())
     shared, own = zeros(), zeros()
-    with adopt_into(registry, shared, shared=True) or pytest.fail("nothing is shared") as sharing:
+    with shared_with(registry, shared) as sharing:
         assert adopt_into(registry, own) is not None
         assert not sharing.current
         assert added_to(shared) == added_to(own) == 0
