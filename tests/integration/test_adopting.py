@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from engine_loader import (
@@ -279,6 +282,87 @@ def test_a_module_on_the_meta_device_has_the_weights_and_keeps_its_parameters(
             assert torch.equal(new.state_dict()[name], tensor), name
         assert isinstance(new[0].weight, nn.Parameter)
         assert new[0].weight.requires_grad
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor, which a second name may stand for; or a slice of it, where it has memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: int  # of its dimensions in memory
+    other: str  # nothing, `tied` or `slice`
+
+    def tensors(self, name: str, device: str) -> Tensors:
+        orders = [*permutations(range(len(self.shape)))]
+        order = orders[self.order % len(orders)]
+        tensor = torch.zeros([self.shape[dim] for dim in order], dtype=self.dtype, device=device)
+        tensor = tensor.permute([order.index(dim) for dim in range(len(order))]).clone(
+            memory_format=torch.preserve_format
+        )
+        if self.other == "tied":
+            return {name: tensor, f"{name} too": tensor}
+        if self.other == "slice" and device != "meta" and is_flat(tensor):
+            return {name: tensor, f"{name} too": tensor.view(-1)[1:]}
+        return {name: tensor}
+
+
+def is_flat(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.numel() > 1
+
+
+MADE = st.builds(
+    Made,
+    st.sampled_from([torch.uint8, torch.bool, torch.int16, torch.bfloat16, torch.complex64]),
+    st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    st.integers(0, 5),
+    st.sampled_from(["", "tied", "slice"]),
+)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(MADE, min_size=1, max_size=6), st.sampled_from(["cpu", "meta"]))
+def test_whatever_the_tensors_are_they_have_the_same_bytes_strides_and_ties(
+    registry: Registry, made: list[Made], device: str
+) -> None:
+    def tensors(device: str) -> Tensors:
+        found: Tensors = {}
+        for number, one in enumerate(made):
+            found |= one.tensors(f"t{number}", device)
+        return found
+
+    names = tensors(device).keys()
+    published = {name: one for name, one in tensors("cpu").items() if name in names}
+    arena_of(published).close()
+    for number, tensor in enumerate(published.values()):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + number)
+    new = tensors(device)
+    strides = {name: tensor.stride() for name, tensor in new.items()}
+    with (
+        SocketEngine("127.0.0.1") as engine,
+        publish(
+            registry,
+            engine,
+            instance="a",
+            rank=0,
+            world_size=1,
+            tensors=published,
+            model=MODEL,
+            options=PublishOptions(hold_s=60),
+        ),
+        shared_with(registry, new) as sharing,
+    ):
+        assert sharing.verified
+        first = next((name for name, one in published.items() if one.numel()), "")
+        for name, tensor in published.items():
+            assert new[name].device == tensor.device
+            assert torch.equal(new[name], tensor)
+            assert new[name].stride() == strides[name]
+            if tensor.numel():
+                ahead = new[name].data_ptr() - new[first].data_ptr()
+                assert ahead == tensor.data_ptr() - published[first].data_ptr()
 
 
 # -- refused

@@ -115,5 +115,8 @@ class OpenedRank:
                     views[name] = bound(storage, ahead, like[name])
         for name, entry in found.items():
             if not entry.nbytes:
-                views[name] = torch.empty_like(like[name], device=self.device)
+                one = like[name]
+                views[name] = torch.empty_strided(
+                    one.shape, one.stride(), dtype=one.dtype, device=self.device
+                )
         return views
