@@ -46,7 +46,7 @@ def open_export(export: Export, gpus: Sequence[int], shared: bool) -> Opened:
             memory.add(piece.fd, piece.nbytes)
     if memory is None:
         raise EngineFailed("an export has no memory")
-    memory.ready()
+    memory.ready(shared)
     return memory
 
 

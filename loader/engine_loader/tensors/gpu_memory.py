@@ -11,6 +11,8 @@ import torch
 from engine_loader.errors import EngineFailed
 from engine_loader.tensors import cuda_memory
 from engine_loader.tensors.cuda_memory import Mapping, on_gpu
+from engine_registry.etcd.descriptors import explain
+from engine_registry.forks import closed_in_child, prevented
 from engine_registry.registration.descriptors import close_all
 from engine_registry.schema.manifest import Region
 
@@ -85,10 +87,15 @@ class OpenedGpuMemory(_Memory):
         self.region = self._mapping.region
         free = weakref.finalize(self, _free, self._mapping, gpu, os.getpid(), self._fds)
         free.atexit = False
+        closed_in_child(self, OpenedGpuMemory._close_in_child)
+
+    def _close_in_child(self) -> None:
+        """A forked child has no CUDA, and would keep the memory from being freed."""
+        close_all(list(self._fds.values()))
 
     def add(self, fd: int, nbytes: int) -> None:
         """Maps so many bytes behind what is mapped already. The descriptor need not be kept.
-        EngineFailed where it is of other memory.
+        EngineFailed where it is of other memory, or no more descriptors can be had.
         """
         with on_gpu(self._gpu):
             handle = cuda_memory.from_descriptor(fd)
@@ -97,13 +104,22 @@ class OpenedGpuMemory(_Memory):
                 self._mapping.add(handle, nbytes)
             finally:
                 cuda_memory.release(handle)
-        self._fds[at] = os.dup(fd)
+        try:
+            with prevented():
+                self._fds[at] = os.dup(fd)
+        except OSError as exc:
+            why, remedy = explain(exc)
+            raise EngineFailed(f"memory of a GPU cannot be kept: {why}", remedy) from exc
 
-    def ready(self) -> None:
-        """Lets the GPU, and those that reach it, use what is mapped; EngineFailed."""
+    def ready(self, shared: bool) -> None:
+        """Lets the GPU, and those that reach it, use what is mapped; EngineFailed.
+
+        Unless it is `shared`, this process may hand it on.
+        """
         with on_gpu(self._gpu):
             _allow(self._mapping, self._gpu)
-        _OPENED[self.region.addr] = self
+        if not shared:
+            _OPENED[self.region.addr] = self
 
     def descriptor_at(self, addr: int) -> int:
         """A new one of the piece there, which the caller closes."""
@@ -114,7 +130,7 @@ _OPENED: weakref.WeakValueDictionary[int, OpenedGpuMemory] = weakref.WeakValueDi
 
 
 def opened_at(addr: int) -> OpenedGpuMemory | None:
-    """What was opened here and has the address."""
+    """What was opened here, may be handed on, and has the address."""
     for memory in list(_OPENED.values()):
         if memory.region.addr <= addr < memory.region.end:
             return memory
