@@ -15,8 +15,8 @@ from engine_loader import (
     arena_of,
     publish,
 )
-from engine_loader.engines.cuda_ipc import pinned
 from engine_loader.errors import TensorsUnusable
+from engine_loader.sharing import pinned
 from engine_loader.sharing.pieces import is_on_host
 from engine_registry import Registry
 from tests.gpu.conftest import Source, assert_equal, fill, fill_and_kill, zeroed
