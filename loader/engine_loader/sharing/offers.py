@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from engine_loader.errors import EngineFailed
 from engine_loader.sharing.pieces import Allocation, Pieces, exports_of, is_by_descriptors
 from engine_registry.etcd.descriptors import check_left, explain
-from engine_registry.registration.descriptors import DescriptorPlace, Descriptors, close_all
+from engine_registry.registration.descriptors import DescriptorPlace, Descriptors, closed_on_error
 from engine_registry.schema.manifest import Export, Region
 
 _NOWHERE = DescriptorPlace(bytes(16), bytes(16))
@@ -56,18 +57,15 @@ def descriptors_of(memory: Memory, exports: Sequence[Export]) -> Descriptors | N
         for pieces, addr in sorted(some, key=lambda each: each[0].first)
         for offset in itertools.accumulate(pieces.sizes[:-1], initial=0)
     ]
-    fds: list[int] = []
-    try:
-        check_left(len(addrs))
-        for addr in addrs:
-            fds.append(memory.descriptor(addr))
-    except OSError as exc:
-        close_all(fds)
-        why, remedy = explain(exc)
-        raise EngineFailed(
-            f"{len(addrs)} allocations need a file descriptor each: {why}", remedy
-        ) from exc
-    except BaseException:
-        close_all(fds)
-        raise
-    return Descriptors(some[0][0].place, fds)
+    found = Descriptors(some[0][0].place)
+    with closed_on_error(found):
+        try:
+            check_left(len(addrs))
+            for addr in addrs:
+                found.add(partial(memory.descriptor, addr))
+        except OSError as exc:
+            why, remedy = explain(exc)
+            raise EngineFailed(
+                f"{len(addrs)} allocations need a file descriptor each: {why}", remedy
+            ) from exc
+    return found

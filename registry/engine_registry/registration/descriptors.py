@@ -22,7 +22,7 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ class Descriptors(Closable):
     They belong to this object, which closes them; in a forked child they are closed at once.
     """
 
-    def __init__(self, place: DescriptorPlace, fds: Sequence[int]) -> None:
+    def __init__(self, place: DescriptorPlace, fds: Sequence[int] = ()) -> None:
         self.place = place
         self._fds = list(fds)
         self._lock = threading.Lock()
@@ -88,6 +88,11 @@ class Descriptors(Closable):
 
     def __len__(self) -> int:
         return len(self._fds)
+
+    def add(self, make: Callable[[], int]) -> None:
+        """One more, which `make` returns. No child is forked that keeps it."""
+        with prevented():
+            self._fds.append(make())
 
     def send(self, to: socket.socket, first: int, count: int) -> None:
         """In one packet. OSError, also where they have been closed."""
