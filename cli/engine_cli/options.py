@@ -58,6 +58,7 @@ class Seconds(click.FloatRange):
 
 
 TTL = Seconds(MIN_TTL_S, max=MAX_TTL_S)
+HOLD = Seconds(max=MAX_TTL_S)
 UNRESPONSIVE_AFTER = Seconds(MIN_UNRESPONSIVE_S, max=MAX_TTL_S)
 WORLD_SIZE = click.IntRange(1, MAX_RANKS)
 

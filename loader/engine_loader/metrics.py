@@ -39,7 +39,7 @@ STARTS = Counter(
     "engines_loader_starts",
     "Weights that `load_or_seed` has brought: from where, and why from the disk.",
     ["source"],
-    ["peers", "disk", "disk_after_peers", "disk_alone"],
+    ["held", "peers", "disk", "disk_after_peers", "disk_alone"],
 )
 READ_NBYTES = Counter(
     "engines_loader_read_bytes",

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine_cli.exits import Exit
-from engine_loader import MooncakeEngine, publish
+from engine_loader import MooncakeEngine, find_held, publish
 from engine_loader.starting.lock import lock_name
 from engine_registry import ModelIdentity, RankJoined, RankState, RankUpdated, Registry
 from engine_registry.etcd.client import Etcd
@@ -185,6 +185,21 @@ def test_register_from_peers_copies_what_runs_and_else_reads_the_files(
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=100)[1] == ""
     assert_one_line(engines("register", *register_b()), Exit.USAGE, "add --model NAME")
+
+
+def test_register_adopts_what_a_rank_that_was_killed_has_left(
+    engines: Engines, registry: Registry, weights: Path
+) -> None:
+    how = ("--from-peers", "--model", "m", "--hold", "60")
+    engines.serve(weights, *how).kill()
+    wait_until(lambda: find_held(registry, ModelIdentity("m"), rank=0, world_size=1) is not None)
+    options = ("--rank", "0", "--world-size", "1", "--weights", str(weights), "--host", "127.0.0.1")
+    again = engines.start("register", "a", *options, *how)
+    assert line_of(again).endswith(" (tcp), adopted from a/0; Ctrl-C withdraws\n")
+    again.send_signal(signal.SIGTERM)
+    assert again.communicate(timeout=100) == ("withdrew a/0\n", "")
+    assert registry.instances() == ()
+    assert find_held(registry, ModelIdentity("m"), rank=0, world_size=1) is None
 
 
 @pytest.mark.parametrize("how", [(), ("--from-peers",)], ids=["plain", "from peers"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,6 +17,7 @@ from engine_cli.connection import Connect, etcd_options
 from engine_cli.devices import check_device, device_option
 from engine_cli.logs import as_json, log_options
 from engine_cli.options import (
+    HOLD,
     TTL,
     UNRESPONSIVE_AFTER,
     WORLD_SIZE,
@@ -27,20 +28,17 @@ from engine_cli.options import (
     rank_option,
 )
 from engine_cli.render.tables import size
-from engine_cli.render.texts import registration
+from engine_cli.render.texts import origin, registration
 from engine_cli.runtime.metrics import metrics_options
 from engine_cli.runtime.serving import Endings, drain_option
 from engine_cli.shards import boxes_of, parse_cut, parse_place, read_boxes
 from engine_cli.signals import held_back, raised
 from engine_registry import ModelIdentity
 from engine_registry.errors import InvalidField
-from engine_registry.schema.keys import ENGINES, check_instance, check_rank
+from engine_registry.schema.keys import check_instance, check_rank
 from engine_registry.schema.numbers import UNRESPONSIVE_AFTER_S
 from engine_registry.schema.printable import count
 from engine_registry.schema.record import MAX_VERSION, PROTOCOLS
-
-if TYPE_CHECKING:
-    from engine_loader import Seeded
 
 
 @click.command("register")
@@ -65,7 +63,8 @@ if TYPE_CHECKING:
     "--from-peers",
     is_flag=True,
     help="If this rank of --model runs somewhere, copy its weights from there instead of "
-    "reading the files; of many that start at once, one reads them.",
+    "reading the files; of many that start at once, one reads them. If it died here and its "
+    "weights are held, take them over.",
 )
 @host_option("Address of this machine that loaders can reach.")
 @click.option(
@@ -134,6 +133,15 @@ if TYPE_CHECKING:
     metavar="S",
     help="How long this process may be stopped, or not answer, before it is listed so.",
 )
+@click.option(
+    "--hold",
+    type=HOLD,
+    default=0.0,
+    show_default=True,
+    metavar="S",
+    help="How long the weights stay in memory after this process has died, for a process that is "
+    "started in its place with --from-peers.",
+)
 @drain_option
 @click.option(
     "--until-eof",
@@ -166,6 +174,7 @@ def command(
     whole: bool,
     ttl: float,
     unresponsive_after: float,
+    hold: float,
     drain: float,
     until_eof: bool,
 ) -> None:
@@ -204,7 +213,7 @@ def command(
             from engine_loader.starting.from_files import publish_files
 
         files = Files(files_of(paths, rank))
-        tensors = memory_for(files)
+        tensors = memory_for(files, in_arenas=hold > 0)
         boxes = boxes_of(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             slices,
@@ -227,6 +236,7 @@ def command(
             digests=True,
             ttl_s=ttl,
             unresponsive_after_s=unresponsive_after,
+            hold_s=hold,
             on_state=endings.on_state,
         )
         with ExitStack() as stack:
@@ -273,17 +283,8 @@ def command(
                 f"registered {name} of {world_size}: "
                 f"{count(record.manifest.tensors, 'tensor')}, {size(record.manifest.nbytes)}, "
                 f"at {record.session_id} "
-                f"({record.protocol}{registration(publication.register_s)}){_origin(seeded)}; "
+                f"({record.protocol}{registration(publication.register_s)}){origin(seeded)}; "
                 "Ctrl-C withdraws"
             )
             endings.hold(publication, drain)
         endings.say(publication)
-
-
-def _origin(seeded: Seeded | None) -> str:
-    if seeded is None:
-        return ""
-    if seeded.report is None:
-        return ", read from the files"
-    sources = [share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes]
-    return f", copied from {' and '.join(sources)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from engine_cli.render.flows import Arrived, Line, name_of, percent, progress_of, source_of
 from engine_cli.render.held import left, ranks_held
@@ -26,10 +27,14 @@ from engine_registry import (
     TensorEntry,
     VersionReleased,
 )
+from engine_registry.schema.keys import ENGINES
 from engine_registry.schema.labels import labels_text
 from engine_registry.schema.manifest import shape_text
 from engine_registry.schema.printable import count
 from engine_registry.schema.status import named
+
+if TYPE_CHECKING:
+    from engine_loader import Seeded
 
 _MAX_NAMES = 4  # in one cell
 _LONG_S = 1.0
@@ -262,6 +267,18 @@ def _way(record: RankRecord) -> str:
 def registration(seconds: float) -> str:
     """What the transfer engine took to register memory, where it is worth a word."""
     return f", {seconds:.1f} s to register memory" if seconds >= _LONG_S else ""
+
+
+def origin(seeded: Seeded | None) -> str:
+    """Where the weights of a rank that starts from peers have come from."""
+    if seeded is None:
+        return ""
+    if seeded.adopted is not None:
+        return f", adopted from {seeded.adopted.record.key.removeprefix(ENGINES)}"
+    if seeded.report is None:
+        return ", read from the files"
+    sources = [share.name.removeprefix(ENGINES) for share in seeded.report.shares if share.nbytes]
+    return f", copied from {' and '.join(sources)}"
 
 
 def tensor_rows(manifest: Manifest) -> list[list[str]]:

@@ -17,6 +17,7 @@ from engine_loader.errors import (
     listed,
 )
 from engine_loader.files.stored import Files
+from engine_loader.tensors.arena import Arena
 from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.shards import Shard, shard_of
@@ -26,9 +27,9 @@ Strides = tuple[int, ...] | None  # as in TensorEntry
 _Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def memory_for(files: Files) -> dict[str, torch.Tensor]:
+def memory_for(files: Files, *, in_arenas: bool = False) -> dict[str, torch.Tensor]:
     """Uninitialised tensors for all that the files hold, each file's in one block, in the order in
-    which it lies there.
+    which it lies there. With `in_arenas` each block is an `Arena`, which a keeper can hold.
 
     WeightsFileInvalid names the tensors for which torch has no dtype.
     """
@@ -47,10 +48,18 @@ def memory_for(files: Files) -> dict[str, torch.Tensor]:
                 path=str(path),
                 tensors=unknown,
             )
-        tensors |= allocate(
-            {name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()}
-        )
+        known = {name: (dtype_named(dtype), shape) for name, (dtype, shape) in layout.items()}
+        tensors |= allocate(known, memory=_arena_for(known) if in_arenas else None)
     return tensors
+
+
+def _arena_for(layout: _Layout) -> torch.Tensor | None:
+    """LoaderError where there is no such memory."""
+    nbytes = extent(layout)
+    if not nbytes:
+        return None
+    with Arena("cpu", nbytes) as arena:
+        return arena.take(nbytes)
 
 
 @plain_torch()

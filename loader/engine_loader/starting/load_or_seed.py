@@ -1,5 +1,6 @@
-"""Weights for a rank that starts: from running ranks of its model if there are any, else from
-files or a function of the engine, by which one of many reads them.
+"""Weights for a rank that starts: those that one like it has left on this host, else from running
+ranks of its model if there are any, else from files or a function of the engine, by which one of
+many reads them.
 
 Of all processes that start with the same rank of the same model, one reads the disk at a time: the
 leader of their election in etcd. It is registered as loading meanwhile, and its registration's
@@ -20,6 +21,7 @@ import torch
 from engine_loader.engines.base import Engine
 from engine_loader.options import LoadOptions, PublishOptions, refuse
 from engine_loader.publishing.replica import Replica
+from engine_loader.starting.held import HeldHere, MayAdopt
 from engine_loader.starting.peers import Peers
 from engine_loader.starting.reading import Fallback, check_fallback
 from engine_loader.starting.seed import Seed
@@ -54,10 +56,14 @@ def load_or_seed(
     without_etcd_s: float = 30.0,
     required: bool = False,
     publish_later: bool = False,
+    adopt: MayAdopt = True,
     load: LoadOptions = LoadOptions(),
     publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
     """Fills the tensors of a rank that starts, from peers or from its fallback, and publishes them.
+
+    If a rank like it has ended on this host, and its weights are held (`PublishOptions.hold_s`),
+    the tensors get that memory, and nothing is copied; see `adopt`.
 
     If a rank like it is ready somewhere, the weights come from there: one of the same model, rank,
     world size and topology. Where all tensors say which part of the whole they are, any instance of
@@ -99,6 +105,9 @@ def load_or_seed(
             those that the engine makes of the loaded ones. A rank that has read keeps its turn
             until then, for at most `timeout_s`, so that the others wait for what it publishes.
             This call and its result keep no memory of the tensors.
+        adopt: Whether the tensors may be given memory that is held on this host, or a function of
+            them that says so. Say False where something knows their addresses already. A
+            Destination is never given other memory.
         load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
             `progress` and `cancel` also hold for reads of files. A function has no progress, and
             takes its time: if `cancel` is set meanwhile, Cancelled is raised when it returns.
@@ -128,7 +137,8 @@ def load_or_seed(
     without_etcd_s = seconds("without_etcd_s", without_etcd_s)
     refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
-    for_peers = cache(lambda: Destination.of(tensors() if callable(tensors) else tensors, shards))
+    of_peers = cache(lambda: tensors() if callable(tensors) else tensors)
+    for_peers = cache(lambda: Destination.of(of_peers(), shards))
     for_fallback, has_boxes = for_peers, False
     if not callable(tensors):
         has_boxes = for_peers().has_boxes
@@ -141,20 +151,28 @@ def load_or_seed(
                 field="tensors",
             )
         for_fallback = cache(lambda: Destination({}))  # it fills others, which are not known
+    seed = Seed(
+        registry=registry,
+        engine=engine,
+        model=model,
+        rank=rank,
+        world_size=world_size,
+        replica=Replica(instance, rank, world_size, place.topology, replace(publish, version=None)),
+        version=publish.version or 0,
+        required=required,
+    )
+    held = HeldHere(
+        seed=seed,
+        tensors=of_peers,
+        shards=shards,
+        may_adopt=adopt,
+        verify=load.verify != "header",
+        publish_later=publish_later,
+    )
     start = Start(
         peers=Peers(registry, model, place, has_boxes),
-        seed=Seed(
-            registry=registry,
-            engine=engine,
-            model=model,
-            rank=rank,
-            world_size=world_size,
-            replica=Replica(
-                instance, rank, world_size, place.topology, replace(publish, version=None)
-            ),
-            version=publish.version or 0,
-            required=required,
-        ),
+        seed=seed,
+        held=held,
         for_peers=for_peers,
         for_fallback=for_fallback,
         fallback=fallback,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from engine_loader.adopting.adopted import Adopted
 from engine_loader.engines.base import Engine
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.opening import open_publication
@@ -47,7 +48,9 @@ class Seed:
         return fields(event, instance=self.replica.instance, rank=self.rank, **facts)
 
     def later(self, options: PublishOptions | None, version: int | None) -> Seed:
-        """For a publication that comes later. `version` is that of peers that were loaded from."""
+        """For a publication that comes later. `version` is that of what was adopted, or of peers
+        that were loaded from.
+        """
         if version is None:
             version = self.version
         if options is None:
@@ -77,6 +80,18 @@ class Seed:
                 filled_by=filled_by,
             ),
             is_early=filled_by is not None,
+        )
+
+    def open_adopted(self, adopted: Adopted) -> Publication | None:
+        """Publishes what was adopted, with its content and version. None as for `open`."""
+        return self._unless_etcd_fails(
+            lambda: adopted.publish(
+                self.registry,
+                self.engine,
+                instance=self.replica.instance,
+                options=self.replica.options,
+            ),
+            is_early=False,
         )
 
     def claim(self) -> Registration | None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from engine_loader.adopting.adopted import Adopted
 from engine_loader.errors import LoaderError
 from engine_loader.loading.report import LoadReport
 from engine_loader.options import PublishOptions
@@ -26,23 +27,32 @@ class Seeded:
     """Where the weights of a rank came from. A context manager that closes the publication.
 
     Attributes:
-        source: `"peers"`, or `"disk"` for the fallback.
+        source: `"held"`, `"peers"`, or `"disk"` for the fallback.
         publication: The rank as a source. None before `publish`, with `publish_later`; else None
             only where etcd could not be reached, or refused.
-        report: What the load from peers did. None where the fallback was read.
+        report: What the load from peers did. Else None.
         reason: Why it was read although there were peers, or without a turn. Else empty.
         seconds: How many seconds the start took.
         unpublished: The error of etcd for which there is no publication. Else None.
+        adopted: What was held on this host, in which the tensors lie now. Else None.
     """
 
-    source: Literal["peers", "disk"]
+    source: Literal["held", "peers", "disk"]
     publication: Publication | None
     report: LoadReport | None
     reason: str
     seconds: float
     unpublished: EtcdError | None = None
+    adopted: Adopted | None = None
     _seed: Seed | None = field(default=None, repr=False, compare=False)
     _turn: Turn | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights, as they were adopted or as peers had them. Else None."""
+        if self.adopted is not None:
+            return self.adopted.version
+        return self.report.version if self.report is not None else None
 
     def publish(
         self,
@@ -62,8 +72,8 @@ class Seeded:
             tensors: The tensors to publish, by name.
             shards: Which part of the whole a tensor is, by name.
             options: How to publish; see PublishOptions. By default those of `load_or_seed`. Without
-                `version`, the version is that of the peers that were loaded from, or else that of
-                the fallback.
+                `version`, the version is that of what was adopted or of the peers that were loaded
+                from, or else that of the fallback.
 
         Returns:
             The publication, which `close` closes too. None where etcd cannot be reached or refuses
@@ -81,7 +91,7 @@ class Seeded:
                 "the rank is published already", "use its `update`, or close it and `publish` anew"
             )
         weights = Destination.of(tensors, shards)
-        seed = self._seed.later(options, self.report.version if self.report is not None else None)
+        seed = self._seed.later(options, self.version)
         with ExitStack() as stack:
             if self._turn is not None:
                 stack.enter_context(self._turn.publishing())

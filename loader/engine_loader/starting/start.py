@@ -1,5 +1,5 @@
-"""One start of a rank: its weights from peers, or read when it is its turn, or alone. Used by
-`load_or_seed`.
+"""One start of a rank: its weights are held here, come from peers, or are read when it is its turn,
+or alone. Used by `load_or_seed`.
 
 Starts the threads of an election and a watch while it waits, and those of `files.disk` while it
 reads files.
@@ -28,12 +28,13 @@ from engine_loader.errors import (
 from engine_loader.loading.load import load
 from engine_loader.options import LoadOptions
 from engine_loader.publishing.publication import Publication
+from engine_loader.starting.held import HeldHere
 from engine_loader.starting.lock import lock_name
 from engine_loader.starting.peers import Peers, note_unknown
 from engine_loader.starting.reading import Fallback, reading_of
 from engine_loader.starting.seed import Seed
 from engine_loader.starting.seeded import Seeded
-from engine_loader.starting.turn import Turn
+from engine_loader.starting.turn import Turn, keep_lead_with
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.uses import USES, Use
 from engine_registry import RankRecord, Registration
@@ -76,6 +77,7 @@ _NOT_THE_PEERS = (
 class Start:
     peers: Peers
     seed: Seed
+    held: HeldHere
     for_peers: Callable[[], Destination]  # makes it when it is first needed
     for_fallback: Callable[[], Destination]  # as a rule the same
     fallback: Fallback
@@ -94,6 +96,8 @@ class Start:
         late = False  # peers that are there at the beginning are always asked
         while True:
             self._check()
+            if (seeded := self.held.seeded(self.began)) is not None:
+                return seeded
             sources = [] if late else self._look()
             if sources:
                 if (seeded := self._from_peers(sources)) is not None:
@@ -106,6 +110,8 @@ class Start:
                 late = self._is_late()
                 if election.leading and not late and self._look():
                     continue  # they were complete just before the lead was free
+                if election.leading and (seeded := self.held.seeded(self.began)) is not None:
+                    return seeded  # etcd was away before
                 if election.leading or alone:
                     return self._from_disk(election, alone, turn)
 
@@ -283,16 +289,5 @@ class Start:
         registered = register()
         if registered is not None:
             undo.callback(registered.close)
-            self._hold(election, registered.record)
+            keep_lead_with(registered.record, election)
         return registered
-
-    def _hold(self, election: Election, record: RankRecord) -> None:
-        """The keeper's lease outlives a process that holds the GIL, and no other."""
-        try:
-            election.keep_with(record)
-        except EtcdError as exc:
-            log.info(
-                "the lead is kept by a separate lease: %s",
-                exc,
-                extra=fields("lead_not_kept", error=exc),
-            )

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from engine_registry import Registration
+from engine_registry import RankRecord, Registration
 from engine_registry.errors import EtcdError
 from engine_registry.telemetry.logs import fields
 from engine_registry.watching.election import Election
@@ -19,6 +19,18 @@ log = logging.getLogger(__name__)
 # how long the lead stays while one registration takes the place of another: memory is registered
 # and digests are computed meanwhile
 _BETWEEN_S = 60.0
+
+
+def keep_lead_with(record: RankRecord, election: Election) -> None:
+    """The lease of the rank's keeper outlives a process that holds the GIL, and no other."""
+    try:
+        election.keep_with(record)
+    except EtcdError as exc:
+        log.info(
+            "the lead is kept by a separate lease: %s",
+            exc,
+            extra=fields("lead_not_kept", error=exc),
+        )
 
 
 class Turn:
