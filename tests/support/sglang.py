@@ -82,7 +82,11 @@ class Process:
             quantization=None,
         )
         self.exec = SimpleNamespace(
-            features=SimpleNamespace(enable_weights_cpu_backup=False, enable_fp32_lm_head=False),
+            features=SimpleNamespace(
+                enable_weights_cpu_backup=False,
+                enable_fp32_lm_head=False,
+                enable_memory_saver=False,
+            ),
             moe=SimpleNamespace(
                 enable_eplb=False, ep_num_redundant_experts=0, init_expert_location="trivial"
             ),

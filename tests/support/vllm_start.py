@@ -52,6 +52,11 @@ def process(model: Any) -> None:
     model.gate_up.weight = nn.Parameter(padded[:, :16], requires_grad=False)
 
 
+def identity(stage: str, size: int) -> ModelIdentity:
+    extra = {"stage": stage} | ({} if stage == "loaded" else {"axes": f"tp{size}"})
+    return ModelIdentity("vllm", extra=extra)
+
+
 def start_rank(
     settings: Mapping[str, Any],
     instance: str,
@@ -65,10 +70,9 @@ def start_rank(
 ) -> StartedRank:
     """From peers, or from the checkpoint of the seed."""
     place = Place(rank, size, {"tp": (rank, size)})
-    extra = {"stage": stage} | ({} if stage == "loaded" else {"axes": f"tp{size}"})
     start = ModelStart(
         IntegrationConfig.of(settings),
-        ModelIdentity("vllm", extra=extra),
+        identity(stage, size),
         Seat(instance, f"g-{instance}", place),
         start_engine=start_engine,
     )
@@ -76,7 +80,9 @@ def start_rank(
     if stage == "loaded":
         tensors = loaded_tensors(model)
         layout = Layout(model, tensors)
-        start.fill(tensors, lambda: model.load_weights(checkpoint(seed)), layout.shards)
+        start.fill(
+            tensors, lambda: model.load_weights(checkpoint(seed)), layout.shards, module=model
+        )
         start.publish(model, tensors, loaded_tensors)
         return StartedRank(start, model)
 
@@ -88,7 +94,7 @@ def start_rank(
         model.load_weights(checkpoint(seed))
         process(model)
 
-    start.fill(for_peers, read)
+    start.fill(for_peers, read, module=model)
     start.publish(model, runtime_tensors(model), runtime_tensors)
     return StartedRank(start, model)
 

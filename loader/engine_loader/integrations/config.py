@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from engine_loader.options import LoadOptions, Verify
 from engine_registry.errors import InvalidField
 from engine_registry.schema.labels import check_labels
-from engine_registry.schema.numbers import seconds
+from engine_registry.schema.numbers import MAX_TTL_S, seconds
 from engine_registry.schema.record import PROTOCOLS
 
 Stage = Literal["auto", "loaded", "processed"]
@@ -58,6 +58,9 @@ class IntegrationConfig:
             Only vLLM does.
         mirror: Whether updates from a trainer are loaded into the host's memory while the engine
             serves, where there is room for all of the trainer's tensors, for each rank.
+        hold_s: For how many seconds the weights stay in memory after the engine has died, for the
+            engine that is started in its place on this host. 0: they go with it. What an engine
+            that died has left is taken in any case.
 
     Raises:
         InvalidField: A value is not valid; `details["field"]` names it.
@@ -91,6 +94,7 @@ class IntegrationConfig:
     fallback_format: str = "auto"
     artifacts: bool | str = False
     mirror: bool = False
+    hold_s: float = 0.0
 
     @classmethod
     def of(cls, values: object) -> IntegrationConfig:
@@ -124,6 +128,7 @@ class IntegrationConfig:
             object.__setattr__(self, "labels", check_labels(self.labels))
         for name in ("timeout_s", "without_etcd_s"):
             object.__setattr__(self, name, seconds(name, getattr(self, name)))
+        object.__setattr__(self, "hold_s", seconds("hold_s", self.hold_s, most=MAX_TTL_S))
         if (self.user is None) != (self.password is None):
             raise InvalidField(
                 "etcd authentication needs both a user and a password",

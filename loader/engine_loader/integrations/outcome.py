@@ -26,12 +26,18 @@ class Outcome:
         """As JSON can hold it."""
         seeded = self.seeded
         report = seeded.report if seeded is not None else None
+        adopted = seeded.adopted if seeded is not None else None
+        nbytes, sources = 0, list[str]()
+        if adopted is not None:
+            nbytes, sources = adopted.nbytes, [adopted.record.key]
+        elif report is not None:
+            nbytes, sources = report.nbytes, [one.name for one in report.shares if one.nbytes]
         publication = seeded.publication if seeded is not None else None
         return {
             "rank": self.rank,
             "source": seeded.source if seeded is not None else "disk",
-            "nbytes": report.nbytes if report is not None else 0,
-            "sources": [one.name for one in report.shares if one.nbytes] if report else [],
+            "nbytes": nbytes,
+            "sources": sources,
             "seconds": round(seeded.seconds, 3) if seeded is not None else None,
             "version": publication.version if publication is not None else None,
             "content": publication.content if publication is not None else None,
@@ -46,6 +52,11 @@ class Outcome:
             how = (
                 f"has copied {facts['nbytes'] / 1e6:.1f} MB of weights from "
                 f"{', '.join(facts['sources'])} in {facts['seconds']:.1f} s"
+            )
+        if facts["source"] == "held":
+            how = (
+                f"has adopted {facts['nbytes'] / 1e6:.1f} MB of weights that "
+                f"{', '.join(facts['sources'])} has left on this host, in {facts['seconds']:.1f} s"
             )
         if not facts["serves"]:
             return f"{self.rank} {how}, and serves no peers"

@@ -13,9 +13,12 @@ from torch import nn
 
 
 class Served(Protocol):
-    """As a `ModelStart`. `discarded`: the engine has thrown the weights away while it sleeps."""
+    """As a `ModelStart`. `discarded`: the engine has thrown the weights away while it sleeps.
+    `left`: the process ends by an error, and its keeper holds the weights.
+    """
 
     discarded: bool
+    left: bool
 
     @property
     def serves(self) -> bool: ...
@@ -42,9 +45,14 @@ def served_models() -> list[Served]:
 @atexit.register
 def _close_all() -> None:
     for served in list(_SERVED.values()):
-        served.close()
+        _close(served)
 
 
 def _close_soon(served: Served) -> None:
     """The collector may run at any line of any thread, so no lock is taken here."""
-    _thread.start_new_thread(served.close, ())
+    _thread.start_new_thread(_close, (served,))
+
+
+def _close(served: Served) -> None:
+    if not served.left:
+        served.close()

@@ -1,5 +1,5 @@
-"""`ModelStart`: the weights of one model in one process of an engine, from peers or by the engine's
-loader, and their life as a source for others.
+"""`ModelStart`: the weights of one model in one process of an engine, from what is held here, from
+peers or by the engine's loader, and their life as a source for others.
 
 The integrations call it from the thread that loads the model. Whatever fails of this library, the
 engine goes on with its own loader, after one warning.
@@ -11,11 +11,14 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from engine_loader.errors import EngineFailed, TensorsUnusable
+from engine_loader.integrations.arenas import Following, move_into_arenas
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import (
     Connect,
@@ -80,6 +83,7 @@ class ModelStart:
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._extra_nbytes = 0
         self.copied_version = 0  # of peers; the engine's loader reads version 0
+        self.left = False  # to its keeper, as the process ends by an error
         self.discarded = False  # the engine has thrown the weights away while they are paused
 
     @property
@@ -102,22 +106,28 @@ class ModelStart:
         tensors: Tensors | Callable[[], Tensors],
         read: Callable[[], object],
         shards: Mapping[str, Shard] | None = None,
+        *,
+        module: nn.Module | None = None,
     ) -> None:
-        """Fills the weights from peers, or by the engine's loader. `publish` makes them a source.
+        """Fills the weights from what is held here, from peers, or by the engine's loader.
+        `publish` makes them a source.
 
         Args:
-            tensors: The tensors to fill, or a function that makes them when there are peers.
+            tensors: The tensors to fill, or a function that makes them when there are peers, or
+                something is held.
             read: The engine's loader, which fills the same model. It is called at most once.
             shards: Which part of the model each tensor is, by name, also of those that are
                 published. Peers of any layout count then. None where it is not known.
+            module: The model, whose other tensors come along where those that are filled get memory
+                that is held. Without it nothing is adopted.
 
         Raises:
             Exception: Whatever `read` raises. What this library raises, where it is required.
         """
         reading, self._shards = Reading(read), shards
-        self._seeded = self._try(lambda: self._load_or_seed(tensors, reading), reading)
-        if self._seeded is not None and self._seeded.report is not None:
-            self.copied_version = self._seeded.report.version
+        self._seeded = self._try(lambda: self._load_or_seed(tensors, reading, module), reading)
+        if self._seeded is not None:
+            self.copied_version = self._seeded.version or 0
         if self._seeded is None and not reading.done:
             reading()
 
@@ -144,7 +154,8 @@ class ModelStart:
         """
         seeded = self._seeded
         if seeded is not None:
-            self._try(lambda: seeded.publish(tensors, shards=self._shards))
+            options = self._options(self._hold_s(module, tensors))
+            self._try(lambda: seeded.publish(tensors, shards=self._shards, options=options))
         self._again, self._module, self._extra_nbytes = again, weakref.ref(module), extra_nbytes
         outcome = self.outcome()
         log.info("%s", outcome, extra=fields("model_started", **outcome.facts()))
@@ -205,9 +216,16 @@ class ModelStart:
                 with suppress(EngineRegistryError):
                     resource.close()
 
-    def _load_or_seed(self, tensors: Tensors | Callable[[], Tensors], reading: Reading) -> Seeded:
+    def _load_or_seed(
+        self,
+        tensors: Tensors | Callable[[], Tensors],
+        reading: Reading,
+        module: nn.Module | None,
+    ) -> Seeded:
         connection, place, config = self._connection, self._seat.place, self._config
-        return load_or_seed(
+        refused = partial(self._warn, "adopts no weights that are held here", "held_unusable")
+        following = Following(module, refused) if module is not None else None
+        seeded = load_or_seed(
             connection.registry,
             connection.engine,
             self._model,
@@ -222,11 +240,37 @@ class ModelStart:
             without_etcd_s=config.without_etcd_s,
             required=config.required,
             publish_later=True,
+            adopt=following.may_adopt if following is not None else False,
             load=config.load_options,
-            publish=PublishOptions(
-                generation=self._seat.generation, digests=True, labels=config.labels
-            ),
+            publish=self._options(),
         )
+        if seeded.adopted is not None and following is not None:
+            following.follow()
+        return seeded
+
+    def _options(self, hold_s: float = 0.0) -> PublishOptions:
+        seat, labels = self._seat, self._config.labels
+        return PublishOptions(
+            generation=seat.generation, digests=True, labels=labels, hold_s=hold_s
+        )
+
+    def _hold_s(self, module: nn.Module, tensors: Tensors) -> float:
+        """For how many seconds the weights are held. 0 where they cannot be."""
+        if not self._config.hold_s or self._given_up:
+            return 0.0
+        try:
+            move_into_arenas(tensors, module)
+        except (TensorsUnusable, EngineFailed) as exc:
+            if self._config.required:
+                self.close()
+                raise
+            self._warn("does not leave its weights to the next process", "hold_refused", exc)
+            return 0.0
+        return self._config.hold_s
+
+    def _warn(self, what: str, event: str, exc: EngineRegistryError) -> None:
+        facts = fields(event, rank=str(self._seat), error=exc)
+        log.warning("%s of %s %s: %s", self._seat, self._model, what, exc, extra=facts)
 
     def _try(self, act: Callable[[], T], reading: Reading | None = None) -> T | None:
         """None where it fails: that ends the engine only if the engine's own loader has failed, or

@@ -46,6 +46,13 @@ def runtime_tensors(module: nn.Module, skip: Collection[str] = ()) -> dict[str, 
     return _once([*module.named_parameters(), *module.named_buffers(), *_bare(module, skip)])
 
 
+def all_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the module is known to refer to, under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+    yield from _bare(module, ())
+
+
 def aliases(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same memory in tensors that nobody else has: it stays when the others get new memory."""
     return {name: tensor.detach() for name, tensor in tensors.items()}

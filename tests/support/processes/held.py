@@ -1,10 +1,12 @@
-"""A rank whose keeper holds its memory: `python -m tests.support.processes.held`. It prints a line
-when it serves its weights, and waits to be killed.
+"""A rank whose keeper holds its memory: `python -m tests.support.processes.held [MODEL TOPOLOGY]`,
+both as JSON. It prints a line when it serves its weights, and waits to be killed.
 """
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 
 import torch
 
@@ -20,7 +22,7 @@ def content() -> dict[str, torch.Tensor]:
     return {f"t{number}": torch.rand(1000, generator=generator) for number in range(4)}
 
 
-def main() -> None:
+def main(model: str = "", topology: str = "{}") -> None:
     tensors = content()
     arena_of(tensors).close()
     with (
@@ -33,7 +35,8 @@ def main() -> None:
             rank=0,
             world_size=1,
             tensors=tensors,
-            model=MODEL,
+            model=ModelIdentity(**json.loads(model)) if model else MODEL,
+            topology={axis: (index, size) for axis, (index, size) in json.loads(topology).items()},
             options=PublishOptions(version=7, hold_s=60),
         ),
     ):
@@ -42,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -18,6 +18,7 @@ from sglang.srt.model_loader.loader import (
     _initialize_model,
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
+from sglang.srt.runtime_context import get_exec
 from torch import nn
 
 from engine_loader.integrations.config import IntegrationConfig
@@ -67,6 +68,13 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
         """The model with its weights. They come from peers, or from the checkpoint."""
         join_log("sglang")
+        if self.config.hold_s and get_exec().features.enable_memory_saver:
+            raise InvalidField(
+                "with enable_memory_saver SGLang gives the memory of its weights back while it is "
+                "released, so they cannot be held after its death",
+                "leave out one of `hold_s` and enable_memory_saver",
+                field="hold_s",
+            )
         device = torch.device(device_config.device)
         base = self.config.instance or "sglang"
         is_draft = bool(model_config.is_draft_model)
@@ -94,6 +102,7 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
                 lambda: self.load_weights_only(
                     model, self._get_all_weights(model_config, model), device
                 ),
+                module=model,
             )
             kept = Kept(tensors)
             self.postprocess_weights(model, device)

@@ -38,6 +38,7 @@ def install() -> bool:
         "update_weights": _update,
         "finish_weight_update": _end,
         "compile_or_warm_up_model": _warm_up,
+        "shutdown": _shut_down,
     }
     if not all(callable(getattr(worker, name, None)) for name in ("sleep", "reload_weights")):
         return False
@@ -148,6 +149,19 @@ def _reload(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     done = act()
     publish_all()
     return done
+
+
+def _shut_down(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    """A stop ends the registrations. After an error they end with the process, as after a kill: so
+    the weights are held, where that is set.
+    """
+    error = sys.exc_info()[0]
+    failed = error is not None and issubclass(error, Exception)
+    for served in served_models():
+        served.left = failed
+        if not failed:
+            served.close()
+    return act()
 
 
 def _begin(act: Callable[[], Any], given: dict[str, Any]) -> Any:

@@ -38,6 +38,7 @@ from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import compiling, hooks
 from engine_loader.integrations.vllm.describing import identity_of, is_draft, seat_of
+from engine_loader.integrations.vllm.holding import make_room, moves_weights, refuse_with_hold
 from engine_loader.integrations.vllm.layout import Layout
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
 from engine_loader.integrations.vllm.worker import build_here, ranks_here
@@ -92,12 +93,30 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 own.load_weights(model, model_config)
             loading.missed = missed
 
-        start.fill(tensors, read, layout.shards if layout is not None else None)
+        adopts = None if moves_weights(vllm_config) else model
+        start.fill(tensors, read, layout.shards if layout is not None else None, module=adopts)
         if start.seeded is not None:
             loading.kept = Kept(tensors)
 
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Bytes on this worker's GPU that `load_model` will adopt, as its process had left them.
+
+        vLLM takes them off the memory that it asks for. It calls this once, before it looks at how
+        much memory is free.
+        """
+        refuse_with_hold(self.config, vllm_config)
+        try:
+            return make_room(self.config, vllm_config, ranks_here(vllm_config), build_here())
+        except Exception as exc:  # noqa: BLE001  vLLM must not fail to start because of us
+            log.info("it is not known what is held here: %s", exc, extra=fields("held_unknown"))
+            return 0
+
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
-        """A new model with its weights, which peers can copy from now on."""
+        """A new model with its weights, which peers can copy from now on.
+
+        Raises InvalidField where `hold_s` is set with what moves weights itself.
+        """
+        refuse_with_hold(self.config, vllm_config)
         load = self._load_processed if self.config.stage == "processed" else self._load_loaded
         try:
             model = load(vllm_config, model_config, prefix)
@@ -218,7 +237,8 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                     own.load_weights(model, model_config)
                     process()
 
-            start.fill(for_peers, read)
+            adopts = None if moves_weights(vllm_config) else model
+            start.fill(for_peers, read, module=adopts)
             if lost := before[0].lost(model):
                 start.give_up(
                     f"vLLM's post-processing has put {len(lost)} weights where no tensor shows "

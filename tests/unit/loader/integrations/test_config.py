@@ -16,6 +16,7 @@ def test_nothing_given_means_the_defaults() -> None:
 
 def test_numbers_of_json_become_seconds() -> None:
     assert IntegrationConfig.of({"timeout_s": 5}).timeout_s == 5.0
+    assert IntegrationConfig.of({"hold_s": 300}).hold_s == 300.0
 
 
 def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
@@ -44,6 +45,8 @@ def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
         ("verify", ["header"], "one of auto, header, digest"),
         ("timeout_s", "60", "a number of seconds"),
         ("without_etcd_s", -1, "a number of seconds"),
+        ("hold_s", -1, "a number of seconds"),
+        ("hold_s", "300", "a number of seconds"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_by_name(field: str, value: Any, expected: str) -> None:

@@ -41,7 +41,9 @@ class Start:
         self.copied_version = 0
         self.made.append(self)
 
-    def fill(self, tensors: Tensors, read: Callable[[], object]) -> None:
+    def fill(
+        self, tensors: Tensors, read: Callable[[], object], *, module: nn.Module | None
+    ) -> None:
         if self.has_peers:
             for tensor in tensors.values():
                 tensor.data.fill_(5.0)
@@ -242,3 +244,10 @@ def test_the_own_loader_reads_the_format_that_the_settings_name(loaded: Loaded) 
     )
     assert loader.load_config.load_format is LoadFormat.SAFETENSORS
     assert loader.load_config.model_loader_extra_config == {}
+
+
+def test_weights_that_sglang_gives_back_while_it_is_released_are_not_held(loaded: Loaded) -> None:
+    loaded.process.exec.features.enable_memory_saver = True
+    loader = loaded.module.PeerModelLoader(LoadConfig(model_loader_extra_config={"hold_s": 300}))
+    with pytest.raises(InvalidField, match="leave out one of `hold_s` and enable_memory_saver"):
+        loader.load_model(model_config=CONFIG, device_config=DEVICE)

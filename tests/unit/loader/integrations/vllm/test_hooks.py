@@ -16,7 +16,7 @@ class Start:
     """As a `ModelStart`: notes what is asked of it."""
 
     def __init__(self, deeds: list[str]) -> None:
-        self.deeds, self.discarded = deeds, False
+        self.deeds, self.discarded, self.left = deeds, False, False
 
     def pause(self) -> None:
         self.deeds.append("pause")
@@ -26,6 +26,9 @@ class Start:
 
     def republish(self) -> None:
         self.deeds.append("republish")
+
+    def close(self) -> None:
+        self.deeds.append("close")
 
 
 def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
@@ -55,6 +58,9 @@ def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
 
         def finish_weight_update(self) -> None:
             deeds.append("finish")
+
+        def shutdown(self) -> None:
+            deeds.append("shut down")
 
         def compile_or_warm_up_model(self) -> float:
             deeds.append("warm up")
@@ -226,3 +232,26 @@ def test_a_vllm_with_other_workers_is_not_wrapped(monkeypatch: pytest.MonkeyPatc
     vars(module)["Worker"] = type("Worker", (), {"sleep": lambda self: None})
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", module)
     assert not hooks.install()
+
+
+def test_a_worker_that_is_stopped_withdraws_its_weights(
+    worker: Any, deeds: list[str], start: Start
+) -> None:
+    try:
+        raise SystemExit
+    except SystemExit:
+        worker.shutdown()
+    worker.shutdown()
+    assert deeds == ["close", "shut down"] * 2
+    assert not start.left
+
+
+def test_a_worker_that_ends_by_an_error_leaves_its_weights(
+    worker: Any, deeds: list[str], start: Start
+) -> None:
+    try:
+        raise RuntimeError("CUDA error")
+    except RuntimeError:
+        worker.shutdown()
+    assert deeds == ["shut down"]
+    assert start.left

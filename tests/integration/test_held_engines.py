@@ -1,0 +1,195 @@
+"""Engines that are not ours, that are killed, and started again on the same host: their weights are
+still there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engine_loader.integrations.config import IntegrationConfig
+from engine_loader.integrations.starting import ModelStart
+from engine_loader.integrations.tensors import runtime_tensors
+from engine_loader.integrations.vllm.describing import Ranks, identity_of
+from engine_loader.integrations.vllm.holding import make_room
+from engine_loader.tensors.host_memory import memory_at
+from engine_registry import Registry
+from engine_registry.etcd.local import LocalEtcd
+from tests.integration.conftest import Processes, line_of
+from tests.integration.test_held_starts import kill
+from tests.integration.test_seeding import events
+from tests.support.processes.held import content
+from tests.support.vllm_layers import Model, checkpoint
+from tests.support.vllm_start import StartedRank, identity, process, start_rank
+from tests.support.waiting import wait_until
+
+STAGES = ["loaded", "processed"]
+
+
+class Engines:
+    """Starts engines, in processes that are killed, and in this one."""
+
+    def __init__(self, processes: Processes, registry: Registry, settings: dict[str, Any]) -> None:
+        self._processes, self.registry, self.settings = processes, registry, settings
+        self.started: list[StartedRank] = []
+
+    def kill_one(self, stage: str, wanted: str = "disk") -> None:
+        """One serves its weights, and is killed."""
+        settings = json.dumps(self.settings)
+        engine = self._processes.start("-m", "tests.support.vllm_start", settings, stage, "cpu")
+        assert line_of(engine) == f"{wanted}\n"
+        kill(engine, self.registry, identity(stage, 1), {"tp": (0, 1)})
+
+    def start(self, stage: str, instance: str = "b") -> StartedRank:
+        """From a checkpoint with other bytes, if it is read."""
+        self.started.append(start_rank(self.settings, instance, stage=stage, seed=3))
+        return self.started[-1]
+
+
+@pytest.fixture
+def engines(
+    processes: Processes, registry: Registry, shared_etcd: LocalEtcd, namespace: str
+) -> Iterator[Engines]:
+    settings = {
+        "etcd": shared_etcd.endpoint,
+        "namespace": namespace,
+        "host": "127.0.0.1",
+        "timeout_s": 30,
+        "hold_s": 60,
+    }
+    engines = Engines(processes, registry, settings)
+    yield engines
+    for started in engines.started:
+        started.start.close()
+
+
+def weights(stage: str) -> dict[str, torch.Tensor]:
+    """Those that an engine has that reads the checkpoint."""
+    model = Model(0, 1)
+    model.load_weights(checkpoint())
+    if stage == "processed":
+        process(model)
+    return runtime_tensors(model)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_that_is_killed_leaves_its_weights_to_the_next_one(
+    engines: Engines, stage: str
+) -> None:
+    expected = weights(stage)
+    engines.kill_one(stage)
+    second = engines.start(stage)
+    facts = second.start.outcome().facts()
+    assert (facts["source"], facts["sources"]) == ("held", ["/engines/source/0"])
+    assert str(second.start.outcome()).startswith("b/0 has adopted 0.0 MB of weights that /engines")
+    assert second.tensors().keys() == expected.keys()
+    for name, tensor in second.tensors().items():
+        assert torch.equal(tensor.float(), expected[name].float()), name
+    wait_until(lambda: [one.instance for one in engines.registry.instances()] == ["b"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_outlive_one_engine_after_another(engines: Engines, stage: str) -> None:
+    engines.kill_one(stage)
+    engines.kill_one(stage, "held")
+    second = engines.start(stage)
+    assert second.source == "held"
+    assert second.start.copied_version == 0
+
+
+def test_an_engine_without_hold_leaves_nothing_and_takes_what_is_held(engines: Engines) -> None:
+    engines.kill_one("loaded")
+    engines.settings["hold_s"] = 0
+    assert engines.start("loaded").source == "held"
+
+
+def test_tensors_that_share_memory_with_the_weights_come_along(engines: Engines) -> None:
+    engines.kill_one("processed")
+    second = engines.start("processed")
+    for layer in ("qkv", "gate_up"):  # transposed, and a view with gaps
+        weight = second.model.get_submodule(layer).get_parameter("weight")
+        assert memory_at(weight.data_ptr()) is not None
+
+
+def test_an_engine_whose_memory_something_else_uses_is_served_but_not_held(
+    engines: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[torch.Tensor] = []
+    publish = ModelStart.publish
+
+    def publish_with_kernels(self: ModelStart, module: Any, *args: Any, **kwargs: Any) -> None:
+        kernels.append(module.qkv.weight.detach())
+        publish(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(ModelStart, "publish", publish_with_kernels)
+    started = engines.start("loaded")
+    assert started.start.serves
+    assert events(caplog, "hold_refused") == ["WARNING"]
+    weight = started.model.get_submodule("qkv").get_parameter("weight")
+    assert kernels[0].data_ptr() == weight.data_ptr()
+
+
+# -- the memory that vLLM asks for
+# --------------------------------------------------------------------------------------------------
+
+RANKS = Ranks(tp=(0, 1))
+VLLM = SimpleNamespace(
+    model_config=SimpleNamespace(
+        enable_sleep_mode=False,
+        served_model_name="qwen",
+        model="/models/qwen",
+        revision="r1",
+        dtype="torch.bfloat16",
+        quantization=None,
+        hf_config={"hidden_size": 64},
+    ),
+    speculative_config=None,
+    parallel_config=SimpleNamespace(data_parallel_size=1),
+    device_config=SimpleNamespace(device="cpu"),
+)
+
+
+@pytest.fixture
+def left(engines: Engines, processes: Processes) -> IntegrationConfig:
+    """The settings of a vLLM of which a worker was killed."""
+    config = IntegrationConfig.of(engines.settings)
+    model = identity_of(
+        config, VLLM, VLLM.model_config, RANKS, stage="loaded", reshard=True, draft=False, build={}
+    )
+    rank = processes.start(
+        *("-m", "tests.support.processes.held"),
+        *(json.dumps({**vars(model), "extra": dict(model.extra)}), json.dumps(RANKS.topology)),
+    )
+    assert line_of(rank) == "serves\n"
+    kill(rank, engines.registry, model, RANKS.topology)
+    return config
+
+
+def test_what_a_worker_will_adopt_is_known_before_its_model_is_made(
+    left: IntegrationConfig,
+) -> None:
+    nbytes = make_room(left, VLLM, RANKS, {})
+    assert nbytes >= sum(tensor.nbytes for tensor in content().values())
+    assert make_room(left, VLLM, Ranks(tp=(1, 2)), {}) == 0
+    assert make_room(IntegrationConfig.of({**asdict(left), "revision": "r2"}), VLLM, RANKS, {}) == 0
+
+
+def test_what_a_worker_has_no_room_to_adopt_is_let_go(
+    left: IntegrationConfig,
+    engines: Engines,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "engine_loader.integrations.vllm.holding.available_nbytes", lambda device: 1000
+    )
+    assert make_room(left, VLLM, RANKS, {}) == 0
+    assert events(caplog, "held_let_go") == ["WARNING"]
+    assert make_room(left, VLLM, RANKS, {}) == 0
+    wait_until(lambda: engines.registry.instances() == ())
