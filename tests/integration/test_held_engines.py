@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from engine_loader.integrations.config import IntegrationConfig
-from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import runtime_tensors
 from engine_loader.integrations.vllm.describing import Ranks, identity_of
 from engine_loader.integrations.vllm.holding import make_room
@@ -26,10 +25,8 @@ from tests.integration.test_held_starts import kill
 from tests.integration.test_seeding import events
 from tests.support.processes.held import content
 from tests.support.vllm_layers import Model, checkpoint
-from tests.support.vllm_start import StartedRank, identity, process, start_rank
+from tests.support.vllm_start import StartedRank, identity, start_rank
 from tests.support.waiting import wait_until
-
-STAGES = ["loaded", "processed"]
 
 
 class Engines:
@@ -39,16 +36,16 @@ class Engines:
         self._processes, self.registry, self.settings = processes, registry, settings
         self.started: list[StartedRank] = []
 
-    def kill_one(self, stage: str, wanted: str = "disk") -> None:
+    def kill_one(self, wanted: str = "disk") -> None:
         """One serves its weights, and is killed."""
         settings = json.dumps(self.settings)
-        engine = self._processes.start("-m", "tests.support.vllm_start", settings, stage, "cpu")
+        engine = self._processes.start("-m", "tests.support.vllm_start", settings, "loaded", "cpu")
         assert line_of(engine) == f"{wanted}\n"
-        kill(engine, self.registry, identity(stage, 1), {"tp": (0, 1)})
+        kill(engine, self.registry, identity("loaded", 1), {"tp": (0, 1)})
 
-    def start(self, stage: str, instance: str = "b") -> StartedRank:
+    def start(self, instance: str = "b") -> StartedRank:
         """From a checkpoint with other bytes, if it is read."""
-        self.started.append(start_rank(self.settings, instance, stage=stage, seed=3))
+        self.started.append(start_rank(self.settings, instance, seed=3))
         return self.started[-1]
 
 
@@ -69,70 +66,44 @@ def engines(
         started.start.close()
 
 
-def weights(stage: str) -> dict[str, torch.Tensor]:
-    """Those that an engine has that reads the checkpoint."""
-    model = Model(0, 1)
-    model.load_weights(checkpoint())
-    if stage == "processed":
-        process(model)
-    return runtime_tensors(model)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_engine_that_is_killed_leaves_its_weights_to_the_next_one(
-    engines: Engines, stage: str
-) -> None:
-    expected = weights(stage)
-    engines.kill_one(stage)
-    second = engines.start(stage)
+def test_an_engine_that_is_killed_leaves_its_weights_to_the_next_one(engines: Engines) -> None:
+    expected = Model(0, 1)
+    expected.load_weights(checkpoint())
+    engines.kill_one()
+    second = engines.start()
     facts = second.start.outcome().facts()
     assert (facts["source"], facts["sources"]) == ("held", ["/engines/source/0"])
     assert str(second.start.outcome()).startswith("b/0 has adopted 0.0 MB of weights that /engines")
-    assert second.tensors().keys() == expected.keys()
-    for name, tensor in second.tensors().items():
-        assert torch.equal(tensor.float(), expected[name].float()), name
+    for name, tensor in runtime_tensors(expected).items():
+        assert torch.equal(second.tensors()[name].float(), tensor.float()), name
+        assert memory_at(second.tensors()[name].data_ptr()) is not None
     wait_until(lambda: [one.instance for one in engines.registry.instances()] == ["b"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_weights_outlive_one_engine_after_another(engines: Engines, stage: str) -> None:
-    engines.kill_one(stage)
-    engines.kill_one(stage, "held")
-    second = engines.start(stage)
+def test_weights_outlive_one_engine_after_another(engines: Engines) -> None:
+    engines.kill_one()
+    engines.kill_one("held")
+    second = engines.start()
     assert second.source == "held"
     assert second.start.copied_version == 0
 
 
 def test_an_engine_without_hold_leaves_nothing_and_takes_what_is_held(engines: Engines) -> None:
-    engines.kill_one("loaded")
+    engines.kill_one()
     engines.settings["hold_s"] = 0
-    assert engines.start("loaded").source == "held"
-
-
-def test_tensors_that_share_memory_with_the_weights_come_along(engines: Engines) -> None:
-    engines.kill_one("processed")
-    second = engines.start("processed")
-    for layer in ("qkv", "gate_up"):  # transposed, and a view with gaps
-        weight = second.model.get_submodule(layer).get_parameter("weight")
-        assert memory_at(weight.data_ptr()) is not None
+    assert engines.start().source == "held"
 
 
 def test_an_engine_whose_memory_something_else_uses_is_served_but_not_held(
     engines: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels: list[torch.Tensor] = []
-    publish = ModelStart.publish
-
-    def publish_with_kernels(self: ModelStart, module: Any, *args: Any, **kwargs: Any) -> None:
-        kernels.append(module.qkv.weight.detach())
-        publish(self, module, *args, **kwargs)
-
-    monkeypatch.setattr(ModelStart, "publish", publish_with_kernels)
-    started = engines.start("loaded")
+    model = Model(0, 1)
+    kernel = model.get_submodule("qkv").get_parameter("weight").detach()
+    monkeypatch.setattr("tests.support.vllm_start.Model", lambda *_: model)
+    started = engines.start()
     assert started.start.serves
     assert events(caplog, "hold_refused") == ["WARNING"]
-    weight = started.model.get_submodule("qkv").get_parameter("weight")
-    assert kernels[0].data_ptr() == weight.data_ptr()
+    assert kernel.data_ptr() == model.get_submodule("qkv").get_parameter("weight").data_ptr()
 
 
 # -- the memory that vLLM asks for

@@ -94,7 +94,7 @@ def start_rank(
         model.load_weights(checkpoint(seed))
         process(model)
 
-    start.fill(for_peers, read, module=model)
+    start.fill(for_peers, read)
     start.publish(model, runtime_tensors(model), runtime_tensors)
     return StartedRank(start, model)
 

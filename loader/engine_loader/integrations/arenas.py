@@ -1,26 +1,30 @@
 """The memory of a model whose tensors get other memory: an arena, or what a rank has left here.
 
 All tensors that share memory come along, also those that nobody publishes. Where somebody else
-refers to the memory, as a kernel may, nothing is moved: it would go on with the old bytes. Used by
+refers to the memory, nothing is moved: it would go on with the old bytes. A kernel that only knows
+an address cannot be seen, so the engine has not post-processed its weights yet. Used by
 `integrations.starting`. Starts no thread.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from engine_loader.errors import TensorsUnusable, listed
+from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.integrations.tensors import all_tensors
 from engine_loader.publishing.holding import check_can_be_held
 from engine_loader.tensors.arena import arena_of, bound
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.usable import is_dense
+from engine_registry.telemetry.logs import fields
 
+log = logging.getLogger(__name__)
 _WRAPPER = 1  # torch's object for a storage refers to it, too
 
 
@@ -45,20 +49,25 @@ class _Follower:
 class Following:
     """Tensors of a module that come along when others get the memory that is held."""
 
-    def __init__(
-        self, module: nn.Module, refused: Callable[[TensorsUnusable], object] = lambda _: None
-    ) -> None:
-        """`refused` is told why tensors cannot get other memory."""
+    def __init__(self, rank: str, module: nn.Module) -> None:
+        """`rank` names the rank in the log."""
+        self._rank = rank
         self._module = module
-        self._refused = refused
         self._followers: list[_Follower] = []
 
     def may_adopt(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these may get other memory. Then `follow` comes after that."""
+        """Whether these may get other memory. Then `follow` comes after that. Else a warning says
+        why.
+        """
         try:
             self._prepare(tensors)
         except TensorsUnusable as exc:
-            self._refused(exc)
+            log.warning(
+                "%s adopts no weights that are held here: %s",
+                self._rank,
+                exc,
+                extra=fields("held_unusable", rank=self._rank, error=exc),
+            )
             return False
         return True
 
@@ -88,6 +97,28 @@ class Following:
         for one in self._followers:
             one.follow()
         self._followers.clear()
+
+
+def moved_into_arenas(
+    rank: str, tensors: Mapping[str, torch.Tensor], module: nn.Module, required: bool
+) -> bool:
+    """Whether `move_into_arenas` has worked. Else a warning says why, or with `required` an error.
+
+    `rank` names the rank in the log.
+    """
+    try:
+        move_into_arenas(tensors, module)
+    except (TensorsUnusable, EngineFailed) as exc:
+        if required:
+            raise
+        log.warning(
+            "%s does not leave its weights to the next process: %s",
+            rank,
+            exc,
+            extra=fields("hold_refused", rank=rank, error=exc),
+        )
+        return False
+    return True
 
 
 @plain_torch()

@@ -11,14 +11,12 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from engine_loader.errors import EngineFailed, TensorsUnusable
-from engine_loader.integrations.arenas import Following, move_into_arenas
+from engine_loader.integrations.arenas import Following, moved_into_arenas
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import (
     Connect,
@@ -82,6 +80,7 @@ class ModelStart:
         self._shards: Mapping[str, Shard] | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._extra_nbytes = 0
+        self._hold_s = 0.0
         self.copied_version = 0  # of peers; the engine's loader reads version 0
         self.left = False  # to its keeper, as the process ends by an error
         self.discarded = False  # the engine has thrown the weights away while they are paused
@@ -118,8 +117,9 @@ class ModelStart:
             read: The engine's loader, which fills the same model. It is called at most once.
             shards: Which part of the model each tensor is, by name, also of those that are
                 published. Peers of any layout count then. None where it is not known.
-            module: The model, whose other tensors come along where those that are filled get memory
-                that is held. Without it nothing is adopted.
+            module: The model, if nothing knows the addresses of its tensors yet, as before it is
+                post-processed. Then these may get memory that is held, and are moved into memory
+                that can be held; others that share their memory come along.
 
         Raises:
             Exception: Whatever `read` raises. What this library raises, where it is required.
@@ -128,6 +128,11 @@ class ModelStart:
         self._seeded = self._try(lambda: self._load_or_seed(tensors, reading, module), reading)
         if self._seeded is not None:
             self.copied_version = self._seeded.version or 0
+        config = self._config
+        if config.hold_s and module is not None and not callable(tensors):
+            rank, required = str(self._seat), config.required
+            if self._try(lambda: moved_into_arenas(rank, tensors, module, required)):
+                self._hold_s = config.hold_s
         if self._seeded is None and not reading.done:
             reading()
 
@@ -154,7 +159,7 @@ class ModelStart:
         """
         seeded = self._seeded
         if seeded is not None:
-            options = self._options(self._hold_s(module, tensors))
+            options = self._options(self._hold_s)
             self._try(lambda: seeded.publish(tensors, shards=self._shards, options=options))
         self._again, self._module, self._extra_nbytes = again, weakref.ref(module), extra_nbytes
         outcome = self.outcome()
@@ -223,8 +228,7 @@ class ModelStart:
         module: nn.Module | None,
     ) -> Seeded:
         connection, place, config = self._connection, self._seat.place, self._config
-        refused = partial(self._warn, "adopts no weights that are held here", "held_unusable")
-        following = Following(module, refused) if module is not None else None
+        following = Following(str(self._seat), module) if module is not None else None
         seeded = load_or_seed(
             connection.registry,
             connection.engine,
@@ -253,24 +257,6 @@ class ModelStart:
         return PublishOptions(
             generation=seat.generation, digests=True, labels=labels, hold_s=hold_s
         )
-
-    def _hold_s(self, module: nn.Module, tensors: Tensors) -> float:
-        """For how many seconds the weights are held. 0 where they cannot be."""
-        if not self._config.hold_s or self._given_up:
-            return 0.0
-        try:
-            move_into_arenas(tensors, module)
-        except (TensorsUnusable, EngineFailed) as exc:
-            if self._config.required:
-                self.close()
-                raise
-            self._warn("does not leave its weights to the next process", "hold_refused", exc)
-            return 0.0
-        return self._config.hold_s
-
-    def _warn(self, what: str, event: str, exc: EngineRegistryError) -> None:
-        facts = fields(event, rank=str(self._seat), error=exc)
-        log.warning("%s of %s %s: %s", self._seat, self._model, what, exc, extra=facts)
 
     def _try(self, act: Callable[[], T], reading: Reading | None = None) -> T | None:
         """None where it fails: that ends the engine only if the engine's own loader has failed, or

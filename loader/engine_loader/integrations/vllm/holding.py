@@ -41,6 +41,13 @@ def moves_weights(vllm_config: Any) -> str:
 def refuse_with_hold(config: IntegrationConfig, vllm_config: Any) -> None:
     """InvalidField where the weights are to be held, and vLLM moves them itself."""
     setting = moves_weights(vllm_config)
+    if config.hold_s and config.stage == "processed":
+        raise InvalidField(
+            "what vLLM has processed cannot be held after its death: its kernels may know the "
+            "addresses, and would compute with other memory",
+            "leave out `stage`, or say loaded",
+            field="hold_s",
+        )
     if config.hold_s and setting:
         raise InvalidField(
             f"with {setting} vLLM moves its weights itself, so they cannot be held after its death",
@@ -56,7 +63,7 @@ def make_room(
 
     vLLM makes its parameters before it fills them. So for a moment there have to be both.
     """
-    if moves_weights(vllm_config):
+    if moves_weights(vllm_config) or config.stage == "processed":
         return 0
     device = torch.device(vllm_config.device_config.device)
     if device.type == "cuda":
@@ -98,15 +105,14 @@ def _models_of(
     """Each model that the worker loads; twice where its layers only say later how it is cut."""
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None) if speculative is not None else None
-    processed = config.stage == "processed"
     for model_config in filter(None, [vllm_config.model_config, draft]):
-        for reshard in (False,) if processed or not config.reshard else (True, False):
+        for reshard in (True, False) if config.reshard else (False,):
             yield identity_of(
                 config,
                 vllm_config,
                 model_config,
                 ranks,
-                stage="processed" if processed else "loaded",
+                stage="loaded",
                 reshard=reshard,
                 draft=model_config is draft,
                 build=build,

@@ -93,8 +93,8 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                 own.load_weights(model, model_config)
             loading.missed = missed
 
-        adopts = None if moves_weights(vllm_config) else model
-        start.fill(tensors, read, layout.shards if layout is not None else None, module=adopts)
+        still = None if moves_weights(vllm_config) else model
+        start.fill(tensors, read, layout.shards if layout is not None else None, module=still)
         if start.seeded is not None:
             loading.kept = Kept(tensors)
 
@@ -237,8 +237,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
                     own.load_weights(model, model_config)
                     process()
 
-            adopts = None if moves_weights(vllm_config) else model
-            start.fill(for_peers, read, module=adopts)
+            start.fill(for_peers, read)
             if lost := before[0].lost(model):
                 start.give_up(
                     f"vLLM's post-processing has put {len(lost)} weights where no tensor shows "

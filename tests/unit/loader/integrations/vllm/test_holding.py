@@ -39,6 +39,11 @@ def test_weights_that_vllm_moves_itself_are_not_held(settings: dict[str, Any], n
     assert moves_weights(a_vllm(**settings)) == name
 
 
+def test_what_vllm_has_processed_is_not_held() -> None:
+    with pytest.raises(InvalidField, match="its kernels may know the addresses"):
+        refuse_with_hold(IntegrationConfig(hold_s=300, stage="processed"), a_vllm())
+
+
 def test_weights_that_stay_where_they_are_can_be_held() -> None:
     refuse_with_hold(IntegrationConfig(hold_s=300), a_vllm())
     assert moves_weights(a_vllm()) == ""
