@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from engine_loader.integrations.serving import served_models
+from engine_loader.integrations.serving import Served, served_models
 
 _WORKER = "vllm.v1.worker.gpu_worker"
 _COMPILING = "engine_loader.integrations.vllm.compiling"
@@ -38,6 +38,8 @@ def install() -> bool:
         "update_weights": _update,
         "finish_weight_update": _end,
         "compile_or_warm_up_model": _warm_up,
+        "execute_model": _compute,
+        "sample_tokens": _compute,
         "shutdown": _shut_down,
     }
     if not all(callable(getattr(worker, name, None)) for name in ("sleep", "reload_weights")):
@@ -56,6 +58,7 @@ class Remembers(Protocol):
         """They are others now."""
 
 
+_LEFT: list[Served] = []  # what is collected is withdrawn
 _TOLD: weakref.WeakSet[Remembers] = weakref.WeakSet()
 
 
@@ -156,12 +159,28 @@ def _shut_down(act: Callable[[], Any], given: dict[str, Any]) -> Any:
     the weights are held, where that is set.
     """
     error = sys.exc_info()[0]
-    failed = error is not None and issubclass(error, Exception)
+    if error is not None and issubclass(error, Exception):
+        _leave_all()
     for served in served_models():
-        served.left = failed
-        if not failed:
+        if not served.left:
             served.close()
     return act()
+
+
+def _compute(act: Callable[[], Any], given: dict[str, Any]) -> Any:
+    """An error here ends the engine, which then stops its workers as it does at any other time."""
+    try:
+        return act()
+    except Exception:
+        _leave_all()
+        raise
+
+
+def _leave_all() -> None:
+    for served in served_models():
+        if not served.left:
+            served.left = True
+            _LEFT.append(served)
 
 
 def _begin(act: Callable[[], Any], given: dict[str, Any]) -> Any:

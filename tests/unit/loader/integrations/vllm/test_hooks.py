@@ -31,6 +31,12 @@ class Start:
         self.deeds.append("close")
 
 
+def compute(worker: Any, error: Exception | None = None) -> int:
+    if error is not None:
+        raise error
+    return 7
+
+
 def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
     """vLLM's class of workers, and that of a platform, which sleeps in another way."""
 
@@ -58,6 +64,8 @@ def a_worker(deeds: list[str]) -> tuple[type[Any], type[Any]]:
 
         def finish_weight_update(self) -> None:
             deeds.append("finish")
+
+        execute_model = compute
 
         def shutdown(self) -> None:
             deeds.append("shut down")
@@ -255,3 +263,14 @@ def test_a_worker_that_ends_by_an_error_leaves_its_weights(
         worker.shutdown()
     assert deeds == ["shut down"]
     assert start.left
+
+
+def test_a_worker_whose_engine_ends_by_an_error_leaves_its_weights(
+    worker: Any, deeds: list[str], start: Start
+) -> None:
+    assert worker.execute_model() == 7
+    assert not start.left
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        worker.execute_model(error=RuntimeError("CUDA error"))
+    worker.shutdown()  # by its engine
+    assert deeds == ["shut down"]
