@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from engine_registry import Registry
+from engine_registry.registration.held import keepers_here
 from tests.engines.sglang.checkpoint import write_tied_checkpoint
 from tests.engines.sglang.engines import EngineFailed, Engines, free_port
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 READ, COPIED = "with the engine's loader", "MB of weights from"
@@ -64,6 +66,23 @@ def test_an_engine_reads_its_disk_where_its_peer_has_been_killed(
     second = engines.start(model, settings)
     assert second.lines(READ)
     assert second.tokens() == expected
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp_size": 2}], ids=["1", "tp2"])
+def test_an_engine_adopts_what_one_has_left_that_was_killed(
+    engines: Engines, registry: Registry, settings: Settings, model: Path, layout: dict[str, Any]
+) -> None:
+    ranks = layout.get("tp_size", 1)
+    first = engines.start(model, settings | {"hold_s": 120}, **layout)
+    assert first.lines("does not leave its weights") == []
+    keys = {record.key for status in registry.instances() for record in status.records}
+    expected = first.tokens()
+    first.close()
+    wait_until(lambda: keys == {kept.key for kept in keepers_here() if kept.held} & keys)
+    second = engines.start(model, settings, **layout)
+    assert len(second.lines("has adopted")) == ranks
+    assert second.tokens() == expected
+    assert not keys & {kept.key for kept in keepers_here()}
 
 
 def test_a_checkpoint_of_another_revision_is_no_peer(

@@ -72,3 +72,20 @@ def fills_tensors_itself() -> None:
         return load_weights(self, others()) | own
 
     LlamaForCausalLM.load_weights = load
+
+
+def fails_at_a_long_answer() -> None:
+    """An error in the middle of vLLM's work, as of a GPU, ends its engine."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    execute = CPUModelRunner.execute_model
+    steps = 0
+
+    def execute_few(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 20:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return execute(self, *args, **kwargs)
+
+    CPUModelRunner.execute_model = execute_few

@@ -91,6 +91,10 @@ class EngineProcess:
         (output,) = self.llm.generate([prompt], how, use_tqdm=False, lora_request=lora)
         return list(output.outputs[0].token_ids)
 
+    def stop(self) -> None:
+        """As SIGTERM to a server does."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def facts(self) -> list[list[dict[str, Any]]]:
         """For each worker, what its models' starts say."""
         from benchmarks.vllm_start import probe

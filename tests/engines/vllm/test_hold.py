@@ -1,0 +1,170 @@
+"""A real vLLM that dies, and one that is started in its place: its weights are still there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from engine_loader import MooncakeEngine, Publication, PublishOptions, publish_state_dict
+from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import KeeperFailed
+from engine_registry.registration.held import Kept, keepers_here, let_go
+from tests.engines.vllm.conftest import Engine, Engines
+from tests.support.waiting import wait_until
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+Checkpoint = Callable[..., str]
+PLAIN, FAILS = ("plain_linear_layers",), ("fails_at_a_long_answer",)
+HOLD = {"hold_s": 120}
+
+
+def left_by(instance: str) -> list[Kept]:
+    """What keepers hold of its ranks."""
+    return [
+        kept
+        for kept in keepers_here()
+        if kept.held and kept.key.startswith(f"/engines/{instance}/")
+    ]
+
+
+def kill(engine: Engine, ranks: int = 1) -> list[Kept]:
+    """What it leaves."""
+    instance = engine.instance()
+    engine.kill()
+    wait_until(lambda: len(left_by(instance)) == ranks)
+    return left_by(instance)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After the engines, which end by SIGKILL."""
+    yield
+    for kept in keepers_here():
+        if kept.held and kept.key.startswith("/engines/vllm."):
+            with suppress(KeeperFailed):
+                let_go(kept)
+
+
+def test_an_engine_that_is_killed_leaves_its_weights_to_one_after_another(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    model = checkpoint("qwen3")  # with tied embeddings
+    alone = engines.start(model, patches=PLAIN)
+    first = engines.start(model, HOLD, patches=PLAIN)
+    expected, sums = first.generate(), first.ask("checksums")
+    assert (expected, sums) == (alone.generate(), alone.ask("checksums"))
+    content = first.facts()[0]["content"]
+    for _ in range(2):
+        kill(first)
+        second = engines.start(model, HOLD, patches=PLAIN)
+        assert second.sources() == ["held"]
+        assert second.facts()[0]["content"] == content
+        assert (second.generate(), second.ask("checksums")) == (expected, sums)
+        assert second.lines("does not leave its weights") == []
+        first = second
+    (line,) = first.lines("has adopted")
+    assert "of weights that /engines/vllm." in line
+    third = engines.start(model, {}, patches=PLAIN)
+    assert third.sources() == ["peers"]  # of the one that has adopted
+    assert third.generate() == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-int8", "qwen3moe"])
+def test_weights_that_vllm_packs_for_a_cpu_outlive_it(
+    engines: Engines, checkpoint: Checkpoint, kind: str
+) -> None:
+    model = checkpoint(kind)
+    first = engines.start(model, HOLD)
+    expected = first.generate()
+    kill(first)
+    second = engines.start(model, HOLD)
+    assert second.sources() == ["held"]
+    assert second.generate() == expected
+
+
+def test_of_two_workers_the_one_whose_weights_are_gone_reads_them(
+    engines: Engines, checkpoint: Checkpoint
+) -> None:
+    model = checkpoint("qwen2")
+    first = engines.start(model, HOLD, tensor_parallel_size=2)
+    expected = first.generate()
+    one, _ = kill(first, ranks=2)
+    let_go(one)
+    second = engines.start(model, HOLD, tensor_parallel_size=2)
+    assert sorted(second.sources()) == ["disk", "held"]
+    assert second.generate() == expected
+    kill(second, ranks=2)
+    third = engines.start(model, {}, tensor_parallel_size=2)
+    assert third.sources() == ["held", "held"]
+    assert third.generate() == expected
+
+
+def test_an_engine_that_ends_by_an_error_leaves_its_weights_and_one_that_is_stopped_does_not(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry
+) -> None:
+    model = checkpoint("llama")
+    first = engines.start(model, HOLD, patches=FAILS)
+    instance, expected = first.instance(), first.ask("tokens", prompt="Hello", count=4)
+    with pytest.raises(AssertionError):
+        first.ask("tokens", prompt="Hello", count=40)
+    wait_until(lambda: left_by(instance) != [])
+    second = engines.start(model, HOLD)
+    assert second.sources() == ["held"]
+    assert second.ask("tokens", prompt="Hello", count=4) == expected
+    instance = second.instance()
+    second.ask("stop")
+    wait_until(lambda: registry.instances() == ())
+    assert left_by(instance) == []
+
+
+@pytest.fixture
+def trainer(registry: Registry, checkpoint: Checkpoint) -> Iterator[Publication]:
+    """It publishes other weights than the engines have, as version 7."""
+    state = load_file(Path(checkpoint("llama", seed=7), "model.safetensors"))
+    with (
+        MooncakeEngine("127.0.0.1") as engine,
+        publish_state_dict(
+            registry,
+            engine,
+            state,
+            instance="trainer",
+            rank=0,
+            world_size=1,
+            model=ModelIdentity("policy"),
+            options=PublishOptions(version=7),
+        ) as publication,
+    ):
+        yield publication
+
+
+@pytest.mark.usefixtures("trainer")
+@pytest.mark.parametrize("mirror", [False, True])
+def test_weights_of_a_trainer_outlive_the_engine(
+    engines: Engines, checkpoint: Checkpoint, registry: Registry, mirror: bool
+) -> None:
+    model = checkpoint("llama")
+    how: dict[str, Any] = {"weight_transfer_config": {"backend": "engine_registry"}}
+    first = engines.start(model, HOLD, patches=PLAIN, **how)
+    before = first.generate()
+    source = {"source": "trainer", "etcd": str(registry.config), "mirror": mirror}
+    more = {"namespace": registry.config.namespace, "host": "127.0.0.1"}
+    first.ask("follow", init_info={**source, **more})
+    first.ask("update", update_info={})
+    after = first.generate()
+    assert after != before
+    assert first.facts()[0]["version"] == 1
+    kill(first)
+    second = engines.start(model, HOLD, patches=PLAIN, **how)
+    assert (second.sources(), second.facts()[0]["version"]) == (["held"], 1)
+    assert second.generate() == after
+    second.ask("call", method="reload_weights")
+    assert second.generate() == before
+    kill(second)
+    third = engines.start(model, {}, patches=PLAIN)
+    assert (third.sources(), third.facts()[0]["version"]) == (["held"], 2)
+    assert third.generate() == before
