@@ -1,11 +1,11 @@
 """`python -m benchmarks.vllm_start`: seconds from the start of vLLM to its first token.
 
 Each is a separate process with a random Llama. Without `--compile`: from the disk with its files in
-the page cache, from the disk without them, and from a vLLM that runs. With it, vLLM compiles the
-model: with the weights from the disk or from a peer and an empty compile cache, with weights and
-compile cache from a peer, and with a compile cache that is on the disk. They take turns. They run
-on CPUs after `scripts/engines_setup.sh vllm`, or with `--python` in any environment that has a
-vLLM.
+the page cache, from the disk without them, from a vLLM that runs, and from the memory that one has
+left which was killed. With it, vLLM compiles the model: with the weights from the disk or from a
+peer and an empty compile cache, with weights and compile cache from a peer, and with a compile
+cache that is on the disk. They take turns. They run on CPUs after `scripts/engines_setup.sh vllm`,
+or with `--python` in any environment that has a vLLM.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".engines" / "vllm" / "bin" / "python"
 _LINE = re.compile(r"(\d+\.\d{3}) (.*)")  # as `program.LOGGING` has it
 _PARTS = ("Starting to load model", "Warming up model for the compilation", "Warming up done")
-_WITHOUT_COMPILER = ("disk", "disk_cold", "peer")
+_WITHOUT_COMPILER = ("disk", "disk_cold", "peer", "held")
+_HOLD_S = 120.0
 _HIDDEN, _PER_LAYER = 1024, 2 * (3 * 1024 * 2048 + 2 * 1024 * 1024 + 2 * 1024 * 128)
 
 
@@ -115,8 +116,10 @@ def measure(python: Path, gib: float, rounds: int, compiling: bool) -> Results:
 
         def start(name: str) -> AbstractContextManager[dict[str, Any]]:
             settings = {}
-            if name.startswith(("peer", "source")):
-                settings = _ours(etcd.endpoint, artifacts=compiling and name != "peer")
+            if name.startswith(("peer", "source", "held", "killed")):
+                artifacts = compiling and name != "peer"
+                hold_s = _HOLD_S if name == "killed" else 0.0
+                settings = _ours(etcd.endpoint, artifacts=artifacts, hold_s=hold_s)
             if name == "disk_cold":
                 forget(model)
             cache = own_cache if name == "disk_own_cache" or not compiling else f"{work}/cold"
@@ -140,7 +143,11 @@ def measure(python: Path, gib: float, rounds: int, compiling: bool) -> Results:
             for number in range(rounds):
                 for name, found in took.items():
                     say(f"{name}, round {number + 1} of {rounds}")
+                    if name == "held":
+                        with start("killed"):
+                            pass
                     with start(name) as one:
+                        _check_source(name, one)
                         if one["token"] != source["token"]:
                             raise click.ClickException(f"{name} has generated another token")
                         found.append(one)
@@ -148,7 +155,15 @@ def measure(python: Path, gib: float, rounds: int, compiling: bool) -> Results:
     return _results(took, source)
 
 
-def _ours(endpoint: str, *, artifacts: bool) -> dict[str, Any]:
+def _check_source(name: str, one: dict[str, Any]) -> None:
+    """A start that has fallen back to its disk is no figure."""
+    found = one["loader"][0]["source"] if one.get("loader") else "disk"
+    wanted = {"held": "held", "peer": "peers", "peer_artifacts": "peers"}.get(name, "disk")
+    if found != wanted:
+        raise click.ClickException(f"the weights of {name} came from {found}")
+
+
+def _ours(endpoint: str, *, artifacts: bool, hold_s: float) -> dict[str, Any]:
     return {
         "load_format": "engine_registry",
         "model_loader_extra_config": {
@@ -157,6 +172,7 @@ def _ours(endpoint: str, *, artifacts: bool) -> dict[str, Any]:
             "model": "llama",
             "required": True,
             "artifacts": artifacts,
+            "hold_s": hold_s,
         },
     }
 
@@ -179,8 +195,10 @@ def _results(took: dict[str, list[dict[str, Any]]], source: dict[str, Any]) -> R
         for caches in [one["compile_caches"] for one in found if one.get("compile_caches")][:1]:
             kept = ("fetched", "added", "graphs_found", "graphs_missed", "nbytes", "pull_s")
             results |= {f"{name}_cache_{part}": caches[0][part] for part in (*kept, "publish_s")}
-    loads = [one["loader"][0] for one in took["peer"]]
-    results["peer_weights_s"] = statistics.median(load["seconds"] for load in loads)
+    for name in ("held", "peer"):
+        loads = [one["loader"][0] for one in took.get(name, [])]
+        if loads:
+            results[f"{name}_weights_s"] = statistics.median(load["seconds"] for load in loads)
     results["peer_nbytes"] = loads[0]["nbytes"]
     results["kept_nbytes"] = loads[0]["extra_nbytes"]
     results["source_first_token_s"] = source["first_token_s"]
@@ -200,7 +218,9 @@ def _results(took: dict[str, list[dict[str, Any]]], source: dict[str, Any]) -> R
     help="The interpreter of an environment with vLLM and engine-registry.",
 )
 def command(gib: float, rounds: int, python: Path, compiling: bool, as_json: bool) -> None:
-    """From the start of vLLM to its first token: from its disk, and from a peer."""
+    """From the start of vLLM to its first token: from its disk, from a peer, and from memory that
+    was held.
+    """
     if not python.exists():
         raise click.ClickException(
             f"there is no {python}: run scripts/engines_setup.sh vllm, or give another --python"
