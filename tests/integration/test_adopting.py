@@ -10,9 +10,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, product
 from pathlib import Path
@@ -38,6 +39,7 @@ from engine_loader import (
     publish,
 )
 from engine_loader.adopting import adopt as adopting
+from engine_loader.adopting import finding
 from engine_loader.errors import DigestMismatch, TensorsUnusable
 from engine_loader.publishing.header import NBYTES
 from engine_loader.sharing.pieces import Pieces
@@ -61,9 +63,14 @@ def start(processes: Processes, shared_etcd: LocalEtcd, namespace: str) -> Itera
     """Keepers of ranks that were killed are killed at the end of the test."""
     keepers: list[int] = []
 
-    def start(engine: str = "socket", hold_s: float = 60.0, etcd: LocalEtcd = shared_etcd) -> Rank:
+    def start(
+        engine: str = "socket",
+        hold_s: float = 60.0,
+        etcd: LocalEtcd = shared_etcd,
+        instance: str = "a",
+    ) -> Rank:
         args = ("tests.support.processes.arena", etcd.endpoint, namespace, engine)
-        rank = Rank(processes.start("-m", *args, str(hold_s)))
+        rank = Rank(processes.start("-m", *args, str(hold_s), instance))
         keepers.append(rank.keeper)
         return rank
 
@@ -582,11 +589,66 @@ def test_weights_whose_keeper_is_killed_too_are_gone(
     signal_and_wait(rank.keeper, signal.SIGKILL)
     found = zeros()
     assert adopt_into(registry, found) is None
-    monkeypatch.setattr(adopting, "find_held", lambda *_, **__: before)
+    monkeypatch.setattr(adopting, "find_each", lambda *_: iter([before]))
     with pytest.raises(HeldUnusable) as caught:
         adopt_into(registry, found)
     assert caught.value.details["reason"] == "gone"
     assert not found["matrix"].any()
+
+
+def kill_all(registry: Registry, ranks: Sequence[Rank]) -> None:
+    for rank in ranks:
+        signal_and_wait(rank.pid, signal.SIGKILL)
+    wait_until(lambda: len(held(registry)) == len(ranks))
+
+
+def test_of_replicas_that_are_held_each_process_has_one(registry: Registry, start: Start) -> None:
+    kill_all(registry, [start(instance=f"replica-{number}") for number in range(3)])
+
+    def adopted(_: int) -> tuple[str, int] | None:
+        found = zeros()
+        try:
+            got = adopt_into(registry, found)
+        except HeldUnusable:  # others are taking all
+            return None
+        return (got.record.instance, added_to(found)) if got is not None else None
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(adopted, range(4)))
+    wanted = [(f"replica-{number}", 0) for number in range(3)]
+    assert sorted(one for one in got if one is not None) == wanted
+    assert held(registry) == []
+
+
+def test_a_replica_that_is_of_no_use_leaves_its_place_to_another(
+    registry: Registry, start: Start
+) -> None:
+    ranks = [start(instance=f"replica-{number}") for number in range(3)]
+    ranks[1].do("update")
+    ranks[2].do("offer others")
+    kill_all(registry, ranks)
+    found = zeros()
+    adopted = adopt_into(registry, found)
+    assert adopted is not None
+    assert (adopted.record.instance, added_to(found)) == ("replica-1", 1)
+    wait_until(lambda: is_free(ranks[1].keeper))
+    assert [record.instance for record in held(registry)] == ["replica-0", "replica-2"]
+
+
+def test_what_is_held_on_another_device_is_left_to_others(
+    registry: Registry, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(registry, start())
+    here = keepers_here()
+    elsewhere = [replace(one, devices=("GPU-of-another-rank",)) for one in here]
+    with monkeypatch.context() as patch:
+        patch.setattr(finding, "keepers_here", lambda: elsewhere)
+        assert adopt_into(registry, zeros()) is None
+        assert adopt_into(registry, {"matrix": torch.empty(64, 48, device="meta")}) is None
+        cpu = torch.device("cpu")
+        assert find_held(registry, MODEL, rank=0, world_size=1) is not None
+        assert find_held(registry, MODEL, rank=0, world_size=1, device=cpu) is None
+    assert find_held(registry, MODEL, rank=0, world_size=1, device=torch.device("cpu")) is not None
 
 
 def test_ranks_of_another_namespace_are_not_found(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine_loader.adopting.adopted import Adopted
-from engine_loader.adopting.finding import HeldRank, find_held, find_shared
+from engine_loader.adopting.finding import HeldRank, find_each
 from engine_loader.adopting.matching import match
 from engine_loader.adopting.memory import OpenedRank
 from engine_loader.adopting.placing import Wanted
@@ -20,11 +20,13 @@ from engine_loader.digests.table import ALGORITHMS, digests_of
 from engine_loader.errors import EngineFailed, HeldUnusable, TensorsUnusable, listed
 from engine_loader.loading.module import check_all_can_be_filled
 from engine_loader.publishing.header import Header
+from engine_loader.publishing.holding import name_of
 from engine_loader.tensors.shards import Shard
 from engine_registry import ModelIdentity, Registry, TensorEntry, failpoints
 from engine_registry.errors import KeeperFailed
 from engine_registry.lifetime import Closable
 from engine_registry.registration.held import share, take
+from engine_registry.registration.hold import HOST
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,12 @@ def adopt(
     """Gives tensors the memory of a rank whose process has ended, or shares that of one that lives.
 
     The rank was published with `PublishOptions(hold_s=…)` by a process of this user on this host.
-    Its keeper has held the memory since. Nothing is copied: the tensors become views of it, and
-    stay the same objects. What memory they had is freed. Tensors on the meta device get theirs so.
-    Tied tensors stay tied, and strides stay as they are. All is checked before the first tensor
-    changes. Then the keeper lets the memory go, and it is this process's alone.
+    Its keeper has held the memory since. Where several are held, as of replicas on one host, it is
+    the newest one on the device of the tensors that no other process takes. Nothing is copied: the
+    tensors become views of it, and stay the same objects. What memory they had is freed. Tensors on
+    the meta device get theirs so. Tied tensors stay tied, and strides stay as they are. All is
+    checked before the first tensor changes. Then the keeper lets the memory go, and it is this
+    process's alone.
 
     With `shared` the rank goes on using it. On the host it cannot be written to here: that ends
     this process by SIGSEGV. Drivers of GPUs know no memory that can be read alone, so do not write
@@ -86,13 +90,34 @@ def adopt(
         ```
     """
     began = time.monotonic()
-    find = find_shared if shared else find_held
-    found = find(registry, model, rank=rank, world_size=world_size, topology=topology)
-    if found is None:
-        return None
+    failed: HeldUnusable | None = None
+    for found in find_each(registry, model, rank, world_size, topology, shared):
+        try:
+            adopted = _try(found, tensors, shards, verify, shared, began)
+        except HeldUnusable as exc:
+            failed = failed or exc
+        else:
+            if adopted is not None:
+                return adopted
+    if failed is not None:
+        raise failed
+    return None
+
+
+def _try(
+    found: HeldRank,
+    tensors: Mapping[str, torch.Tensor] | nn.Module,
+    shards: Mapping[str, Shard] | None,
+    verify: bool,
+    shared: bool,
+    began: float,
+) -> Adopted | None:
+    """None where it lies on another device."""
     with ExitStack() as stack:
         try:
             wanted = _wanted(tensors, shards)
+            if not _is_near(found, wanted):
+                return None
             if shared:
                 adopted = _share(found, wanted, verify, began, stack)
             else:
@@ -125,6 +150,19 @@ def _wanted(
         check_all_can_be_filled(tensors, own)
         tensors = own
     return Wanted(tensors, shards)
+
+
+def _is_near(found: HeldRank, wanted: Wanted) -> bool:
+    """Whether some of the memory lies where tensors do. Those that have none get theirs on the host
+    or on the current GPU. Where the memory of a rank lies that will not be held is not known.
+    """
+    there = set(found.kept.devices)
+    here = {name_of(device) for device in wanted.devices}
+    if not here:
+        here = {HOST}
+        if torch.cuda.is_available():
+            here.add(name_of(torch.device("cuda", torch.cuda.current_device())))
+    return not there or not here.isdisjoint(there)
 
 
 def _adopt(found: HeldRank, wanted: Wanted, verify: bool, began: float) -> Adopted:

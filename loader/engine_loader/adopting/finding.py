@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from engine_loader.errors import EngineFailed
+from engine_loader.publishing.holding import name_of
 from engine_loader.sharing.pieces import Pieces, is_by_descriptors
 from engine_registry import Manifest, ModelIdentity, RankRecord, RankState, Registry
 from engine_registry.registration.descriptors import DescriptorPlace
@@ -41,6 +44,7 @@ def find_held(
     rank: int,
     world_size: int,
     topology: Mapping[str, tuple[int, int]] | None = None,
+    device: torch.device | None = None,
 ) -> HeldRank | None:
     """Finds a rank of this host whose process has ended, and whose keeper holds its memory.
 
@@ -53,6 +57,7 @@ def find_held(
         rank: The world rank, from 0.
         world_size: How many ranks its instance had, over all parallel axes.
         topology: The place of the rank along each parallel axis, as it was published.
+        device: Where the memory lies: a GPU with its number, or the host. None: anywhere.
 
     Returns:
         Of several, in whichever instances, the one that was registered last. None where there is
@@ -62,29 +67,23 @@ def find_held(
         InvalidField: An argument is not valid; `details["field"]` names it.
         EtcdError: Etcd cannot be reached, or refuses.
     """
-    return _find(registry, model, rank, world_size, topology, shared=False)
+    for found in find_each(registry, model, rank, world_size, topology, shared=False):
+        if device is None or name_of(device) in found.kept.devices:
+            return found
+    return None
 
 
-def find_shared(
-    registry: Registry,
-    model: ModelIdentity,
-    *,
-    rank: int,
-    world_size: int,
-    topology: Mapping[str, tuple[int, int]] | None = None,
-) -> HeldRank | None:
-    """As `find_held`, also of ranks that live and are ready."""
-    return _find(registry, model, rank, world_size, topology, shared=True)
-
-
-def _find(
+def find_each(
     registry: Registry,
     model: ModelIdentity,
     rank: int,
     world_size: int,
     topology: Mapping[str, tuple[int, int]] | None,
     shared: bool,
-) -> HeldRank | None:
+) -> Iterator[HeldRank]:
+    """As `find_held`, the one that was registered last comes first. If they can be `shared`, also
+    those that live and are ready.
+    """
     rank, world_size = check_rank(rank, world_size)
     wanted = (model, rank, world_size, check_topology(topology or {}))
     found: list[tuple[RankRecord, Kept]] = []
@@ -99,8 +98,7 @@ def _find(
     for record, kept in sorted(found, key=lambda each: each[0].began, reverse=True):
         (manifest,) = registry.manifests([record])
         if isinstance(manifest, Manifest) and _is_kept(manifest, kept):
-            return HeldRank(record, manifest, kept)
-    return None
+            yield HeldRank(record, manifest, kept)
 
 
 def _is_there(kept: Kept, record: RankRecord) -> bool:

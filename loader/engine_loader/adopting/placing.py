@@ -34,6 +34,11 @@ class Wanted:
         self.entries = _described(self.tensors, self.parts, boxes)
         self._made: dict[int, torch.Tensor] = {}
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """Those of tensors that have memory."""
+        return {part.device for part in self.parts.values() if part.numel() and not part.is_meta}
+
     def elsewhere(self, devices: Mapping[str, torch.device]) -> list[str]:
         """One line for each tensor that has memory on another device than what is held."""
         return [

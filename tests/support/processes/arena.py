@@ -1,11 +1,12 @@
-"""A rank whose weights lie in an arena of the host: `arena ENDPOINT NAMESPACE ENGINE [HOLD_S]`.
+"""A rank whose weights lie in an arena of the host: `arena ENDPOINT NAMESPACE ENGINE HOLD_S
+INSTANCE`. The last two may be left out.
 
 ENGINE is `host gpus`, which is cuda_ipc with the host's memory, `tcp` or `socket`. Its keeper holds
 the weights for HOLD_S. Prints the pid of its keeper, and each command once it is done. `update`:
 adds one to every element. `begin`: begins an update, and changes some of them. `updates`: goes on
 updating. `pause` and `resume`: as a publication does. `box`: publishes the same tensors anew, one
-of them as the lower half of a whole. `load`: loads what `source` publishes, and
-publishes that as `b`. Ends with its input.
+of them as the lower half of a whole. `offer others`: publishes other tensors. `load`: loads what
+`source` publishes, and publishes that as `b`. Ends with its input.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def update(publication: Publication, tensors: dict[str, torch.Tensor]) -> None:
             tensors[name].add_(1)
 
 
-def main(endpoint: str, namespace: str, engine: str, hold_s: str = "0") -> None:
+def main(
+    endpoint: str, namespace: str, engine: str, hold_s: str = "0", instance: str = "a"
+) -> None:
     tensors = weights()
     options = PublishOptions(digests=True, ttl_s=5.0, hold_s=float(hold_s), values={"step": 7})
     with (
@@ -72,7 +75,7 @@ def main(endpoint: str, namespace: str, engine: str, hold_s: str = "0") -> None:
         publish(
             registry,
             served,
-            instance="a",
+            instance=instance,
             rank=0,
             world_size=1,
             tensors=tensors,
@@ -90,6 +93,10 @@ def main(endpoint: str, namespace: str, engine: str, hold_s: str = "0") -> None:
                 tensors["matrix"].add_(1)
             elif line == "box\n":
                 publication.replace(tensors, LOWER_HALF)
+            elif line == "offer others\n":
+                others = {"long": torch.zeros(3000)}
+                arena_of(others).close()
+                publication.replace(others)
             elif line == "updates\n":
                 print(line, end="", flush=True)
                 while True:

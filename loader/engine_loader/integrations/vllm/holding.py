@@ -68,11 +68,7 @@ def make_room(
     device = torch.device(vllm_config.device_config.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())  # vLLM has chosen it
-    ours = [
-        found
-        for found in _held_for(config, vllm_config, ranks, build)
-        if name_of(device) in found.kept.devices
-    ]
+    ours = list(_held_for(config, vllm_config, ranks, build, device))
     names = {found.kept.name for found in ours}
     _say_others(device, [one for one in keepers_here() if one.held and one.name not in names])
     nbytes, available = sum(found.kept.nbytes for found in ours), available_nbytes(device)
@@ -84,7 +80,11 @@ def make_room(
 
 
 def _held_for(
-    config: IntegrationConfig, vllm_config: Any, ranks: Ranks, build: Mapping[str, str]
+    config: IntegrationConfig,
+    vllm_config: Any,
+    ranks: Ranks,
+    build: Mapping[str, str],
+    device: torch.device,
 ) -> Iterator[HeldRank]:
     with Connection(config) as connection:
         for model in _models_of(config, vllm_config, ranks, build):
@@ -94,6 +94,7 @@ def _held_for(
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 topology=ranks.topology,
+                device=device,
             )
             if found is not None:
                 yield found

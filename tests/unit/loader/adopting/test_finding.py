@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine_loader import find_held
 from engine_loader.adopting import finding
-from engine_loader.adopting.finding import find_shared
+from engine_loader.adopting.finding import find_each
 from engine_loader.sharing.pieces import Pieces
 from engine_registry import Manifest, ModelIdentity, RankRecord, RankState, Registry
 from engine_registry.errors import InvalidField, RecordDamaged
@@ -96,14 +96,15 @@ def find(monkeypatch: pytest.MonkeyPatch, ranks: Sequence[Rank], shared: bool, w
     """The number of the rank that is found; -1 where none is."""
     etcd = Etcd(ranks)
     monkeypatch.setattr(finding, "keepers_here", lambda: etcd.kept)
-    look: Any = find_shared if shared else find_held
-    found = look(
+    each = find_each(
         cast(Registry, etcd),
         wanted.model,
-        rank=wanted.rank,
-        world_size=wanted.world_size,
-        topology=wanted.topology or None,
+        wanted.rank,
+        wanted.world_size,
+        wanted.topology or None,
+        shared,
     )
+    found = next(each, None)
     if found is None:
         return -1
     assert found.record is etcd.records[found.record.key]
