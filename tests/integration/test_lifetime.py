@@ -25,14 +25,18 @@ import torch
 import engine_loader
 import engine_registry
 from engine_loader import (
+    Adopted,
     Arena,
     CudaIpcEngine,
     InProcessEngine,
     MooncakeEngine,
     Publication,
+    PublishOptions,
     Seeded,
     SocketEngine,
     WholeFiles,
+    adopt,
+    arena_of,
     publish,
 )
 from engine_loader.engines.base import ClosableEngine
@@ -58,7 +62,9 @@ from engine_registry.etcd.local import LocalEtcd
 from engine_registry.etcd.local_cluster import LocalCluster
 from engine_registry.gateway.server import Gateway
 from engine_registry.lifetime import Closable
+from engine_registry.registration import held
 from engine_registry.registration.descriptors import DescriptorPlace, Descriptors
+from engine_registry.registration.held import Share, Taken, share
 from tests.support.checkout import ROOT
 from tests.support.host_gpus import HostGpus
 from tests.support.ranks import register
@@ -98,6 +104,32 @@ def a_descriptor(_: Registry, etcd: LocalEtcd) -> Descriptors:
     return Descriptors(DescriptorPlace.new(), [os.memfd_create("a test's")])
 
 
+def a_share(registry: Registry, etcd: LocalEtcd) -> Share:
+    """Of memory that is let go at once, which it does not hear of."""
+    given = a_descriptor(registry, etcd)
+    with register(registry, "shared", descriptors=given):
+        return share(given.place)
+
+
+def an_adopted_one(registry: Registry, _: LocalEtcd) -> Adopted:
+    tensors = {"w": torch.zeros(4)}
+    arena_of(tensors).close()
+    with publish(
+        registry,
+        InProcessEngine(),
+        instance="shared",
+        rank=0,
+        world_size=1,
+        tensors=tensors,
+        model=ModelIdentity("m"),
+        options=PublishOptions(hold_s=60),
+    ):
+        like = {"w": torch.zeros(4)}
+        adopted = adopt(registry, ModelIdentity("m"), like, rank=0, world_size=1, shared=True)
+    assert adopted is not None
+    return adopted
+
+
 MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Connection: a_connection,
     Registry: lambda registry, etcd: Registry.connect(etcd.endpoint),
@@ -119,10 +151,14 @@ MAKERS: dict[type[Closable], Callable[[Registry, LocalEtcd], Closable]] = {
     Publication: a_publication,
     Arena: lambda registry, etcd: Arena("cpu", 4096),
     Descriptors: a_descriptor,
+    Share: a_share,
+    Adopted: an_adopted_one,
 }
 OTHERS: dict[type, str] = {
     Kept: "is the base of two",
     Closable: "is their base",
+    held._Connection: "is the base of the next one and Share",
+    Taken: "needs a rank that has died",
     HostMemory: "lives as long as the tensors in it",
     ClosableEngine: "is the base of engines",
     InProcessEngine: "holds nothing but memory of Python",
