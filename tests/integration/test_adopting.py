@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations, product
@@ -36,6 +36,7 @@ from engine_loader import (
     arena_of,
     find_held,
     load,
+    load_or_seed,
     publish,
 )
 from engine_loader.adopting import adopt as adopting
@@ -45,9 +46,12 @@ from engine_loader.publishing.header import NBYTES
 from engine_loader.sharing.pieces import Pieces
 from engine_registry import Manifest, ModelIdentity, RankRecord, Registry
 from engine_registry.errors import RegistryError
+from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.local import LocalEtcd
 from engine_registry.registration.descriptors import fetch
 from engine_registry.registration.held import Kept, keepers_here
+from engine_registry.schema.keyvalue import Put
+from engine_registry.schema.record_format import encode
 from tests.integration.conftest import Processes, line_of
 from tests.support.arenas import Rank, arenas_of
 from tests.support.processes.arena import CHANGING, MODEL, weights
@@ -632,7 +636,7 @@ def test_a_replica_that_is_of_no_use_leaves_its_place_to_another(
     assert adopted is not None
     assert (adopted.record.instance, added_to(found)) == ("replica-1", 1)
     wait_until(lambda: is_free(ranks[1].keeper))
-    assert [record.instance for record in held(registry)] == ["replica-0", "replica-2"]
+    assert {record.instance for record in held(registry)} == {"replica-0", "replica-2"}
 
 
 def test_what_is_held_on_another_device_is_left_to_others(
@@ -834,6 +838,49 @@ def test_tensors_that_have_changed_since_are_not_published_with_the_old_content(
         found["matrix"].sub_(1)
         with adopted.publish(registry, engine, instance="a") as publication:
             assert publication.content == adopted.content
+
+
+@pytest.mark.parametrize("how", ["at once", "by a start", "by a start, later"])
+def test_what_was_adopted_is_published_though_etcd_does_not_know_of_the_death(
+    registry: Registry, start: Start, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As where etcd was away at the death, and came back as the keeper ended."""
+    rank = start()
+    (alive,) = registry.ranks("a")
+    kill(registry, rank)
+    found = zeros()
+    options = PublishOptions(hold_s=60)
+    with ExitStack() as stack:
+        engine = stack.enter_context(SocketEngine("127.0.0.1"))
+        raw = stack.enter_context(closing(Etcd(registry.config)))
+
+        def revive(*_: object, **__: object) -> None:
+            wait_until(lambda: raw.get(alive.key) is None)
+            raw.commit([], [Put(alive.key, encode(alive), raw.grant(60))])
+
+        monkeypatch.setattr(adopting.log, "info", revive)  # as the last that `adopt` does
+        if how == "at once":
+            adopted = adopt_into(registry, found)
+            assert adopted is not None
+            given = adopted.publish(registry, engine, instance="a", options=options)
+        else:
+            seeded = load_or_seed(
+                registry,
+                engine,
+                MODEL,
+                found,
+                rank=0,
+                world_size=1,
+                instance="a",
+                fallback=lambda: pytest.fail("it reads"),
+                publish_later=how == "by a start, later",
+                publish=options,
+            )
+            published = seeded.publish(found) if seeded.publication is None else seeded.publication
+            assert published is not None
+            given = published
+        stack.enter_context(given)
+        assert [one.incarnation for one in registry.ranks("a")] == [given.record.incarnation]
 
 
 # -- memory is free again

@@ -145,6 +145,7 @@ class Adopted(Closable):
             options=options,
             content=self.content,
             expected=self._digests,
+            replaces=record.incarnation,
         )
 
     def close(self) -> None:

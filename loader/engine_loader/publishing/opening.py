@@ -35,13 +35,15 @@ def open_publication(
     content: str | None = None,
     filled_by: Use | None = None,
     expected: Mapping[str, bytes] | None = None,
+    replaces: str = "",
 ) -> Publication:
     """As `publish`. With `filled_by`, the load that fills the weights, the rank is registered as
     loading.
 
     Nothing of it can be read then but the blocks of `block_nbytes` that are marked, and no digests
     before it is complete. `content` is the one that is being loaded, where its source has stated
-    it. DigestMismatch names the tensors whose digests are not the `expected` ones.
+    it. DigestMismatch names the tensors whose digests are not the `expected` ones. `replaces` is
+    the incarnation of a rank whose memory was adopted: etcd may not know of its end yet.
     """
     version = options.version or 0
     with ExitStack() as guard:
@@ -96,6 +98,7 @@ def open_publication(
             on_state=options.on_state,
             descriptors=descriptors_of(engine, offering.manifest.exports),
             hold=hold_for(weights, options),
+            replaces=replaces,
         )
         guard.callback(registration.withdraw)
         meter_pulls(registry, registration.record, undo)

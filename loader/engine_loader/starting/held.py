@@ -48,6 +48,7 @@ class HeldHere:
         adopted = self._adopt()
         if adopted is None:
             return None
+        self.seed.replaces = adopted.record.incarnation
         publication = None if self.publish_later else self.seed.open_adopted(adopted)
         metrics.STARTS.inc("held")
         return Seeded(

@@ -38,6 +38,7 @@ class Seed:
     version: int
     required: bool  # etcd is
     unpublished: EtcdError | None = None  # why there is no publication, or was none before
+    replaces: str = ""  # the incarnation of the rank whose memory was adopted
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ class Seed:
                 topology=self.replica.topology,
                 options=replace(self.replica.options, version=self.version),
                 filled_by=filled_by,
+                replaces=self.replaces,
             ),
             is_early=filled_by is not None,
         )
