@@ -40,7 +40,7 @@ from engine_registry.etcd.client import Etcd
 from engine_registry.etcd.config import EtcdConfig, parse_endpoints
 from engine_registry.etcd.follow import Follower
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.schema.keys import record_key
+from engine_registry.schema.keys import eviction_note_key, record_key
 from engine_registry.schema.keyvalue import Delete, Put
 from engine_registry.watching.election import Election
 from tests.integration.conftest import Processes, line_of
@@ -260,6 +260,8 @@ def lose_a_rank_while_one_watches_that_is_then_killed(
     lost.withdraw()
     while json.loads(line_of(watch))["event"] != "rank_lost":
         pass
+    # it notes the loss as soon as it knows that it leads
+    wait_until(lambda: etcd.get(eviction_note_key("a")) is not None)
     watch.kill()
     watch.wait()
 
