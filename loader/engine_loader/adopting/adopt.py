@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -90,56 +90,43 @@ def adopt(
         ```
     """
     began = time.monotonic()
+    wanted: Wanted | None = None
     failed: HeldUnusable | None = None
     for found in find_each(registry, model, rank, world_size, topology, shared):
         try:
-            adopted = _try(found, tensors, shards, verify, shared, began)
+            with _explained(found):
+                wanted = wanted or _wanted(tensors, shards)
+                if not _is_near(found, wanted):
+                    continue
+                adopted = (_share if shared else _adopt)(found, wanted, verify, began)
         except HeldUnusable as exc:
             failed = failed or exc
         else:
-            if adopted is not None:
-                return adopted
+            log.info(
+                "%s of %s, %d bytes, in %.3f s",
+                "shares the weights" if shared else "adopted the weights",
+                found.record.key,
+                adopted.nbytes,
+                adopted.seconds,
+                extra=fields(
+                    "adopted", key=found.record.key, nbytes=adopted.nbytes, seconds=adopted.seconds
+                ),
+            )
+            return adopted
     if failed is not None:
         raise failed
     return None
 
 
-def _try(
-    found: HeldRank,
-    tensors: Mapping[str, torch.Tensor] | nn.Module,
-    shards: Mapping[str, Shard] | None,
-    verify: bool,
-    shared: bool,
-    began: float,
-) -> Adopted | None:
-    """None where it lies on another device."""
-    with ExitStack() as stack:
-        try:
-            wanted = _wanted(tensors, shards)
-            if not _is_near(found, wanted):
-                return None
-            if shared:
-                adopted = _share(found, wanted, verify, began, stack)
-            else:
-                adopted = _adopt(found, wanted, verify, began)
-        except TensorsUnusable as exc:
-            raise _unusable(found, "tensors", exc.what, exc.remedy, **exc.details) from exc
-        except (EngineFailed, KeeperFailed) as exc:
-            raise _unusable(
-                found, "gone", f"its memory cannot be had: {exc.what}", exc.remedy
-            ) from exc
-        stack.pop_all()
-    log.info(
-        "%s of %s, %d bytes, in %.3f s",
-        "shares the weights" if shared else "adopted the weights",
-        found.record.key,
-        adopted.nbytes,
-        adopted.seconds,
-        extra=fields(
-            "adopted", key=found.record.key, nbytes=adopted.nbytes, seconds=adopted.seconds
-        ),
-    )
-    return adopted
+@contextmanager
+def _explained(found: HeldRank) -> Iterator[None]:
+    """Whatever is wrong with the tensors, or with what that rank has left, is HeldUnusable."""
+    try:
+        yield
+    except TensorsUnusable as exc:
+        raise _unusable(found, "tensors", exc.what, exc.remedy, **exc.details) from exc
+    except (EngineFailed, KeeperFailed) as exc:
+        raise _unusable(found, "gone", f"its memory cannot be had: {exc.what}", exc.remedy) from exc
 
 
 def _wanted(
@@ -181,15 +168,15 @@ def _adopt(found: HeldRank, wanted: Wanted, verify: bool, began: float) -> Adopt
     return _adopted(found, memory, wanted, checked, began)
 
 
-def _share(
-    found: HeldRank, wanted: Wanted, verify: bool, began: float, stack: ExitStack
-) -> Adopted:
-    sharing = stack.enter_context(share(found.place))
-    memory = OpenedRank(found, shared=True)
-    checked = _check(found, memory, wanted, verify)
-    if memory.header() != checked.header:
-        raise _torn(found)
-    wanted.put(checked.views)
+def _share(found: HeldRank, wanted: Wanted, verify: bool, began: float) -> Adopted:
+    with ExitStack() as undo:
+        sharing = undo.enter_context(share(found.place))
+        memory = OpenedRank(found, shared=True)
+        checked = _check(found, memory, wanted, verify)
+        if memory.header() != checked.header:
+            raise _torn(found)
+        wanted.put(checked.views)
+        undo.pop_all()
     return _adopted(found, memory, wanted, checked, began, sharing)
 
 

@@ -54,6 +54,7 @@ class Wanted:
         TensorsUnusable names those whose place cannot be taken.
         """
         problems = []
+        self._made.clear()  # of another rank's memory, which could not be adopted
         for name, view in views.items():
             tensor: Any = self.tensors[name]
             if not tensor.is_meta or id(tensor) in self._made:
