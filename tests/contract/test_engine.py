@@ -21,13 +21,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_loader import Arena, Engine, InProcessEngine, MooncakeEngine
+from engine_loader import Engine, InProcessEngine, MooncakeEngine
 from engine_loader.engines.base import peer_of, read
 from engine_loader.engines.cuda_ipc.engine import CudaIpcEngine
 from engine_loader.engines.sockets.engine import SocketEngine
 from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.boxes import Lines
 from engine_loader.planning.plan import ReadOp
+from engine_loader.tensors.arena import bytes_in_arena
 from engine_registry import Region
 from engine_registry.schema.manifest import Export
 from tests.support.forkserver import ForkServer
@@ -78,8 +79,7 @@ class Memory:
 def zeros(nbytes: int, device: str) -> torch.Tensor:
     if not device.startswith(IN_ARENA):
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    with Arena(device.removeprefix(IN_ARENA), nbytes) as arena:
-        return arena.take(nbytes).zero_()
+    return bytes_in_arena(device.removeprefix(IN_ARENA), nbytes).zero_()
 
 
 class Peers:

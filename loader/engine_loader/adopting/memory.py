@@ -12,6 +12,7 @@ import torch
 from engine_loader.adopting.finding import HeldRank
 from engine_loader.adopting.matching import blocks_of
 from engine_loader.digests.table import NBYTES as DIGEST_NBYTES
+from engine_loader.digests.table import unpacked
 from engine_loader.errors import EngineFailed
 from engine_loader.publishing.header import NBYTES as HEADER_NBYTES
 from engine_loader.publishing.header import Header, decode_header
@@ -84,14 +85,10 @@ class OpenedRank:
         table = self._rank.manifest.digests
         if table is None:
             return {}
-        names = sorted(entry.name for entry in self._rank.manifest.tensors)
+        names = [entry.name for entry in self._rank.manifest.tensors]
         if not names:
             return {}
-        packed = bytes(self.at(table.addr, DIGEST_NBYTES * len(names)).cpu().numpy())
-        return {
-            name: packed[place * DIGEST_NBYTES : (place + 1) * DIGEST_NBYTES]
-            for place, name in enumerate(names)
-        }
+        return unpacked(names, bytes(self.at(table.addr, DIGEST_NBYTES * len(names)).cpu().numpy()))
 
     @plain_torch()
     def views(

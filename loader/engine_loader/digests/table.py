@@ -102,10 +102,12 @@ class DigestCell:
         return bytes(self._bytes.cpu().numpy())
 
     def read(self) -> dict[str, bytes]:
-        packed = self.packed()
-        return {
-            name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(self._names)
-        }
+        return unpacked(self._names, self.packed())
+
+
+def unpacked(names: Iterable[str], packed: bytes) -> dict[str, bytes]:
+    """The digests of the tensors with these names, from the bytes of their table."""
+    return {name: packed[at * NBYTES : (at + 1) * NBYTES] for at, name in enumerate(sorted(names))}
 
 
 def nbytes_for(tensors: Mapping[str, torch.Tensor], algorithm: str) -> int:

@@ -17,7 +17,7 @@ from engine_loader.errors import (
     listed,
 )
 from engine_loader.files.stored import Files
-from engine_loader.tensors.arena import Arena
+from engine_loader.tensors.arena import bytes_in_arena
 from engine_loader.tensors.dtypes import dtype_named
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.shards import Shard, shard_of
@@ -56,10 +56,7 @@ def memory_for(files: Files, *, in_arenas: bool = False) -> dict[str, torch.Tens
 def _arena_for(layout: _Layout) -> torch.Tensor | None:
     """LoaderError where there is no such memory."""
     nbytes = extent(layout)
-    if not nbytes:
-        return None
-    with Arena("cpu", nbytes) as arena:
-        return arena.take(nbytes)
+    return bytes_in_arena("cpu", nbytes) if nbytes else None
 
 
 @plain_torch()

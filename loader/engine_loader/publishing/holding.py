@@ -13,7 +13,6 @@ from engine_loader.errors import EngineFailed, TensorsUnusable, listed
 from engine_loader.options import PublishOptions
 from engine_loader.sharing import offers
 from engine_loader.sharing.memory import SharedMemory
-from engine_loader.tensors.arena import Arena
 from engine_loader.tensors.cuda import uuid_of
 from engine_loader.tensors.destination import Destination
 from engine_registry import Region
@@ -42,12 +41,6 @@ def _is_mortal(tensor: torch.Tensor) -> bool:
         return not offers.are_by_descriptors(_MEMORY, region)
     except EngineFailed:
         return True
-
-
-def room_to_hold(device: torch.device, nbytes: int) -> torch.Tensor:
-    """So many bytes that can be held; EngineFailed."""
-    with Arena(device, nbytes) as arena:
-        return arena.take(nbytes)
 
 
 def exports_of(

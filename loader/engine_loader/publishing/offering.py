@@ -22,7 +22,8 @@ from engine_loader.options import PublishOptions
 from engine_loader.planning.content import content_of
 from engine_loader.publishing.delta_shelf import offer_shelf
 from engine_loader.publishing.header import NBYTES, Header, HeaderCell
-from engine_loader.publishing.holding import check_can_be_held, exports_of, room_to_hold
+from engine_loader.publishing.holding import check_can_be_held, exports_of
+from engine_loader.tensors.arena import bytes_in_arena
 from engine_loader.tensors.cuda import to_register, wait_for
 from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.remembered import RememberedTensors
@@ -131,7 +132,7 @@ def offer_weights(
 
     def room(nbytes: int) -> torch.Tensor | None:
         if held:
-            return room_to_hold(device, nbytes)
+            return bytes_in_arena(device, nbytes)
         return engine.memory_beside(regions[0], device, nbytes) if regions and nbytes else None
 
     digests = None

@@ -167,6 +167,12 @@ class Arena(Closable):
         return f"of {self.nbytes} bytes on {self.device}"
 
 
+def bytes_in_arena(device: torch.device | str, nbytes: int) -> torch.Tensor:
+    """So many bytes in an arena that has nothing else; EngineFailed."""
+    with Arena(device, nbytes) as arena:
+        return arena.take(nbytes)
+
+
 def bound(storage: torch.UntypedStorage, offset: int, like: torch.Tensor) -> torch.Tensor:
     """With the dtype, shape and strides of `like`, so many elements behind the storage's begin."""
     empty = torch.empty(0, dtype=like.dtype, device=storage.device)

@@ -174,7 +174,7 @@ class _Connection(Closable):
     def __init__(self, place: DescriptorPlace, request: bytes) -> None:
         with prevented():
             self._keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            closed_in_child(self, _Connection._close_in_child)
+            closed_in_child(self._keeper, socket.socket.close)
         try:
             with said_as_ours():
                 call(self._keeper, place.name)
@@ -186,9 +186,6 @@ class _Connection(Closable):
 
     def close(self) -> None:
         self._mark_closed()
-        self._keeper.close()
-
-    def _close_in_child(self) -> None:
         self._keeper.close()
 
 

@@ -32,7 +32,7 @@ from engine_loader.errors import EngineFailed, ReadFailed
 from engine_loader.planning.plan import ReadOp
 from engine_loader.sharing import offers
 from engine_loader.sharing.pieces import is_by_descriptors
-from engine_loader.tensors.arena import Arena
+from engine_loader.tensors.arena import bytes_in_arena
 from engine_loader.tensors.modes import plain_torch
 from engine_registry.registration.descriptors import Descriptors
 from engine_registry.schema.location import Location
@@ -153,8 +153,7 @@ class CudaIpcEngine(ClosableEngine):
             memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
             if offers.are_by_descriptors(self._gpus, Region(memory.data_ptr(), nbytes)):
                 return memory
-        with Arena(device, nbytes) as arena:  # what has handles cannot be opened after our end
-            return arena.take(nbytes)
+        return bytes_in_arena(device, nbytes)  # what has handles cannot be opened after our end
 
     def can_share(self, tensor: torch.Tensor) -> bool:
         return self._gpus.can_be_shared(tensor.untyped_storage().data_ptr())
