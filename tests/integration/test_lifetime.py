@@ -95,7 +95,8 @@ def a_publication(registry: Registry, etcd: LocalEtcd) -> Publication:
 
 
 def a_connection(_: Registry, etcd: LocalEtcd) -> Connection:
-    connection = Connection(IntegrationConfig(etcd=etcd.endpoint))
+    config = IntegrationConfig(etcd=etcd.endpoint, namespace="/nobody-else-is-here")
+    connection = Connection(config)
     assert not connection.registry.instances()
     return connection
 
