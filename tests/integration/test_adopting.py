@@ -29,6 +29,7 @@ from engine_loader import (
     HeldUnusable,
     LoaderError,
     LoadOptions,
+    Publication,
     PublishOptions,
     Shard,
     SocketEngine,
@@ -137,6 +138,22 @@ def shared_with(registry: Registry, tensors: Tensors | nn.Module) -> Adopted:
     found = adopt_into(registry, tensors, shared=True)
     assert found is not None
     return found
+
+
+def offered(
+    registry: Registry, engine: SocketEngine, tensors: Tensors, digests: bool | None = None
+) -> Publication:
+    """Its keeper holds them for a minute."""
+    return publish(
+        registry,
+        engine,
+        instance="a",
+        rank=0,
+        world_size=1,
+        tensors=tensors,
+        model=MODEL,
+        options=PublishOptions(hold_s=60, digests=digests),
+    )
 
 
 def adopted_by(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -273,16 +290,7 @@ def test_a_module_on_the_meta_device_has_the_weights_and_keeps_its_parameters(
     parameters = dict(new.named_parameters())
     with (
         SocketEngine("127.0.0.1") as engine,
-        publish(
-            registry,
-            engine,
-            instance="a",
-            rank=0,
-            world_size=1,
-            tensors=tensors,
-            model=MODEL,
-            options=PublishOptions(hold_s=60),
-        ),
+        offered(registry, engine, tensors),
         shared_with(registry, new),
     ):
         assert {name: id(one) for name, one in new.named_parameters()} == {
@@ -353,16 +361,7 @@ def test_whatever_the_tensors_are_they_have_the_same_bytes_strides_and_ties(
     strides = {name: tensor.stride() for name, tensor in new.items()}
     with (
         SocketEngine("127.0.0.1") as engine,
-        publish(
-            registry,
-            engine,
-            instance="a",
-            rank=0,
-            world_size=1,
-            tensors=published,
-            model=MODEL,
-            options=PublishOptions(hold_s=60),
-        ),
+        offered(registry, engine, published),
         shared_with(registry, new) as sharing,
     ):
         assert sharing.verified
@@ -672,16 +671,7 @@ def test_tensors_outside_of_arenas_cannot_be_held_and_are_named(registry: Regist
     tensors = {"in": torch.zeros(3), "out": torch.zeros(3), "none": torch.empty(0)}
     with SocketEngine("127.0.0.1") as engine, arena_of([tensors["in"]]):
         with pytest.raises(TensorsUnusable, match="1 tensors lie in memory that goes") as caught:
-            publish(
-                registry,
-                engine,
-                instance="a",
-                rank=0,
-                world_size=1,
-                tensors=tensors,
-                model=MODEL,
-                options=PublishOptions(hold_s=60),
-            )
+            offered(registry, engine, tensors)
     assert caught.value.details["problems"] == ["out"]
     assert "arena_of" in caught.value.remedy
 
@@ -693,16 +683,7 @@ def test_other_tensors_that_cannot_be_held_are_refused_and_nothing_has_changed(
     with (
         SocketEngine("127.0.0.1") as engine,
         arena_of(tensors),
-        publish(
-            registry,
-            engine,
-            instance="a",
-            rank=0,
-            world_size=1,
-            tensors=tensors,
-            model=MODEL,
-            options=PublishOptions(hold_s=60),
-        ) as publication,
+        offered(registry, engine, tensors) as publication,
     ):
         with pytest.raises(TensorsUnusable, match="memory that goes with this process"):
             publication.replace({"out": torch.zeros(3)})
@@ -723,16 +704,7 @@ def test_held_weights_have_digests_unless_they_are_not_wanted(
     with (
         SocketEngine("127.0.0.1") as engine,
         arena_of(tensors),
-        publish(
-            registry,
-            engine,
-            instance="a",
-            rank=0,
-            world_size=1,
-            tensors=tensors,
-            model=MODEL,
-            options=PublishOptions(hold_s=60, digests=digests),
-        ) as publication,
+        offered(registry, engine, tensors, digests=digests) as publication,
     ):
         manifest = registry.manifest(publication.record)
         assert (manifest.digests is not None) is (digests is not False)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from engine_registry import Registry
+from engine_loader import MooncakeEngine, Publication, PublishOptions, publish_state_dict
+from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
 from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until
@@ -227,3 +229,23 @@ def engines(
     with ExitStack() as stack:
         stack.callback(wait_for_withdrawal, registry)
         yield Engines(zygote, tmp_path, ours, stack)
+
+
+@pytest.fixture
+def trainer(registry: Registry, checkpoint: Callable[..., str]) -> Iterator[Publication]:
+    """It publishes other weights than the engines have, as version 7."""
+    state = load_file(Path(checkpoint("llama", seed=7), "model.safetensors"))
+    with (
+        MooncakeEngine("127.0.0.1") as engine,
+        publish_state_dict(
+            registry,
+            engine,
+            state,
+            instance="trainer",
+            rank=0,
+            world_size=1,
+            model=ModelIdentity("policy"),
+            options=PublishOptions(version=7),
+        ) as publication,
+    ):
+        yield publication

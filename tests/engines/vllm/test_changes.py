@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from engine_loader import MooncakeEngine, Publication, publish_state_dict
-from engine_loader.options import PublishOptions
-from engine_registry import ModelIdentity, RankRecord, RankState, Registry
+from engine_loader import Publication
+from engine_registry import RankRecord, RankState, Registry
 from tests.engines.vllm.conftest import Engine, Engines
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -29,26 +26,6 @@ def record(registry: Registry) -> RankRecord:
         if one.instance.startswith("vllm.")
     ]
     return found
-
-
-@pytest.fixture
-def trainer(registry: Registry, checkpoint: Checkpoint) -> Iterator[Publication]:
-    """It publishes other weights than the engines have, as version 7."""
-    state = load_file(Path(checkpoint("llama", seed=7), "model.safetensors"))
-    with (
-        MooncakeEngine("127.0.0.1") as engine,
-        publish_state_dict(
-            registry,
-            engine,
-            state,
-            instance="trainer",
-            rank=0,
-            world_size=1,
-            model=ModelIdentity("policy"),
-            options=PublishOptions(version=7),
-        ) as publication,
-    ):
-        yield publication
 
 
 def follow(engine: Engine, registry: Registry) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from engine_loader import MooncakeEngine, Publication, PublishOptions, publish_state_dict
-from engine_registry import ModelIdentity, Registry
+from engine_registry import Registry
 from engine_registry.errors import KeeperFailed
 from engine_registry.registration.held import Kept, keepers_here, let_go
 from tests.engines.vllm.conftest import Engine, Engines
@@ -120,26 +117,6 @@ def test_an_engine_that_ends_by_an_error_leaves_its_weights_and_one_that_is_stop
     second.ask("stop")
     wait_until(lambda: registry.instances() == ())
     assert left_by(instance) == []
-
-
-@pytest.fixture
-def trainer(registry: Registry, checkpoint: Checkpoint) -> Iterator[Publication]:
-    """It publishes other weights than the engines have, as version 7."""
-    state = load_file(Path(checkpoint("llama", seed=7), "model.safetensors"))
-    with (
-        MooncakeEngine("127.0.0.1") as engine,
-        publish_state_dict(
-            registry,
-            engine,
-            state,
-            instance="trainer",
-            rank=0,
-            world_size=1,
-            model=ModelIdentity("policy"),
-            options=PublishOptions(version=7),
-        ) as publication,
-    ):
-        yield publication
 
 
 @pytest.mark.usefixtures("trainer")
