@@ -5,6 +5,7 @@ that ask for what is not theirs.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -358,6 +359,7 @@ class Kept:
 
 @pytest.fixture
 def kept() -> Iterator[Kept]:
+    gc.collect()  # descriptors are counted, and garbage of other tests may have some
     with ExitStack() as stack:
         yield Kept(stack)
 
