@@ -31,26 +31,26 @@ class Pinned:
         self._memory = map_sealed(fd, nbytes)
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._parts: dict[int, int] = {}  # those that are registered, with the GPU of each
+        self._parts: dict[int, int] = {}  # by address: those that are registered, with a GPU
         self.region = Region(ctypes.addressof(ctypes.c_char.from_buffer(self._memory)), nbytes)
 
     def pin(self, start: int, nbytes: int, gpu: int) -> None:
         """From now on GPUs can read so many bytes, from the start on; EngineFailed."""
+        first = self.region.addr + start // _PART_NBYTES * _PART_NBYTES
         with self._lock:
-            for part in range(start // _PART_NBYTES, -(-(start + nbytes) // _PART_NBYTES)):
-                if part not in self._parts:
+            for addr in range(first, self.region.addr + start + nbytes, _PART_NBYTES):
+                if addr not in self._parts:
                     with on_gpu(gpu):
-                        self._register(part, gpu)
+                        self._register(addr, gpu)
 
-    def _register(self, part: int, gpu: int) -> None:
-        addr = self._begin(part)
+    def _register(self, addr: int, gpu: int) -> None:
         nbytes = min(_PART_NBYTES, self.region.end - addr)
         check(
             calls().cuMemHostRegister_v2(addr, nbytes, _PORTABLE | _DEVICEMAP),
             f"{nbytes} bytes of the host's memory cannot be pinned for GPUs: raise the limit of "
             "locked memory (ulimit -l), or free memory",
         )
-        self._parts[part] = gpu
+        self._parts[addr] = gpu
         there = ctypes.c_uint64()
         check(
             calls().cuMemHostGetDevicePointer_v2(ctypes.byref(there), addr, 0),
@@ -59,14 +59,11 @@ class Pinned:
         if there.value != addr:
             raise EngineFailed(f"cuda:{gpu} has other addresses for the host's memory")
 
-    def _begin(self, part: int) -> int:
-        return self.region.addr + part * _PART_NBYTES
-
     def close(self) -> None:
         """Any number of times. No GPU may read it any more."""
         while self._parts:
-            part, gpu = self._parts.popitem()
+            addr, gpu = self._parts.popitem()
             if os.getpid() == self._pid:  # a forked child has no CUDA
                 with suppress(EngineFailed), on_gpu(gpu):
-                    calls().cuMemHostUnregister(self._begin(part))
+                    calls().cuMemHostUnregister(addr)
         self._memory.close()
