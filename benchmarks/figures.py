@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from engine_cli.render.tables import print_json
+from engine_registry.version import package_version
 
 Results = dict[str, float]
 
@@ -55,13 +56,12 @@ def say(what: str) -> None:
 
 
 def machine() -> dict[str, object]:
-    versions = {
-        name: metadata.version(name) for name in ("engine-registry", "etcd3", "grpcio", "protobuf")
-    }
+    versions = {name: metadata.version(name) for name in ("etcd3", "grpcio", "protobuf")}
     return {
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
+        "engine-registry": package_version(),  # empty in a checkout that is not installed
         **versions,
     }
 
