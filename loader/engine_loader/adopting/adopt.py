@@ -55,9 +55,10 @@ def adopt(
     checked before the first tensor changes. Then the keeper lets the memory go, and it is this
     process's alone.
 
-    With `shared` the rank goes on using it. On the host it cannot be written to here: that ends
-    this process by SIGSEGV. Drivers of GPUs know no memory that can be read alone, so do not write
-    to it. See `Adopted.current` for what happens when its owner changes it.
+    With `shared` the rank goes on using it, and it cannot be written to here. On the host, that
+    ends this process by SIGSEGV; on a GPU, CUDA reports an illegal memory access, after which this
+    process cannot use the GPU any more. See `Adopted.current` for what happens when its owner
+    changes it.
 
     Args:
         registry: Where the rank was registered.

@@ -31,7 +31,7 @@ class OpenedRank:
     def __init__(self, rank: HeldRank, shared: bool) -> None:
         """Opens all that holds weights, header or digests. EngineFailed where it cannot be had.
 
-        With `shared`, it can be read alone, where that is on the host.
+        With `shared`, it can only be read.
         """
         self._rank = rank
         self._exports = sorted(rank.manifest.exports, key=lambda export: export.addr)

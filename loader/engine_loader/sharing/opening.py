@@ -32,7 +32,7 @@ def open_export(export: Export, gpus: Sequence[int], shared: bool) -> Opened:
     """The memory of an export by descriptors; EngineFailed where it cannot be had.
 
     It lies on the host, or on one of `gpus`, if these are known. `shared`: its process still uses
-    it, so on the host it cannot be written to.
+    it, so it cannot be written to here.
     """
     pieces = Pieces.decode(export)
     with closing(pieces.opened()) as opened:

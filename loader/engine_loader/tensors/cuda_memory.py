@@ -24,7 +24,7 @@ from engine_registry.schema.manifest import Region
 _DESCRIPTOR = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
 _DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
-_READ_AND_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE: drivers know no other for GPUs
+_READ, _READ_AND_WRITE = 1, 3  # CU_MEM_ACCESS_FLAGS_PROT_…
 _RDMA_WITH_VMM = 110  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
 
 
@@ -196,10 +196,10 @@ class Mapping:
         """How many are mapped."""
         return self._end - self.region.addr
 
-    def allow(self, gpu: int | None = None) -> None:
-        """Lets the GPU, or another one, read and write what is mapped."""
+    def allow(self, gpu: int | None = None, *, write: bool = True) -> None:
+        """Lets the GPU, or another one, read and write what is mapped, or only read it."""
         gpu = self._gpu if gpu is None else gpu
-        access = _Access(_Place(_DEVICE, gpu), _READ_AND_WRITE)
+        access = _Access(_Place(_DEVICE, gpu), _READ_AND_WRITE if write else _READ)
         check(
             calls().cuMemSetAccess(self.region.addr, self.nbytes, ctypes.byref(access), 1),
             f"cuda:{gpu} does not reach the memory (nvidia-smi topo -p2p r)",

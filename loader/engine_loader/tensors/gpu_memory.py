@@ -114,10 +114,10 @@ class OpenedGpuMemory(_Memory):
     def ready(self, shared: bool) -> None:
         """Lets the GPU, and those that reach it, use what is mapped; EngineFailed.
 
-        Unless it is `shared`, this process may hand it on.
+        If it is `shared`, they can only read it. Else this process may hand it on.
         """
         with on_gpu(self._gpu):
-            _allow(self._mapping, self._gpu)
+            _allow(self._mapping, self._gpu, write=not shared)
         if not shared:
             _OPENED[self.region.addr] = self
 
@@ -137,11 +137,11 @@ def opened_at(addr: int) -> OpenedGpuMemory | None:
     return None
 
 
-def _allow(mapping: Mapping, gpu: int) -> None:
-    mapping.allow()
+def _allow(mapping: Mapping, gpu: int, *, write: bool = True) -> None:
+    mapping.allow(write=write)
     for other in range(torch.cuda.device_count()):
         if other != gpu and torch.cuda.can_device_access_peer(other, gpu):
-            mapping.allow(other)
+            mapping.allow(other, write=write)
 
 
 class _Bytes:
