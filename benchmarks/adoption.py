@@ -18,86 +18,48 @@ the host that is this process's alone has grown by meanwhile.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import click
 import torch
 
 from benchmarks import figures, options
 from benchmarks.figures import Results
-from benchmarks.processes import answer, call
+from benchmarks.left import keepers_end, killed, wait_until_held
 from benchmarks.serving import HOST, MODEL
 from engine_cli.main import main
 from engine_loader import Arena, PublishOptions, adopt, find_held, open_engine, publish
 from engine_loader.adopting.memory import OpenedRank
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
-from engine_registry.registration.held import Kept, keepers_here, take
+from engine_registry.registration.held import take
 
 _LAYER_NBYTES = 32 << 20
 _OPTIONS = PublishOptions(hold_s=60)
+_KEY = "/engines/adoption/0"
 _MODULE = __name__ if __name__ != "__main__" else "benchmarks.adoption"
 
 
 def measure(gib: float, rounds: int, device: str, say: Callable[[str], None]) -> Results:
     count = str(max(1, round(gib * (1 << 30) / _LAYER_NBYTES)))
     found: list[Results] = []
-    with LocalEtcd() as local, _keepers_end():
+    with LocalEtcd() as local, keepers_end(_KEY):
         say(f"{count} layers on {device}")
-        with _killed("first", local.endpoint, device, count):
+        with killed(_MODULE, "first", local.endpoint, device, count):
             pass
-        _wait_until_held()
+        wait_until_held(_KEY)
         for _ in range(rounds + 1):
             began = str(time.monotonic())
-            with _killed("again", local.endpoint, device, count, began) as line:
+            with killed(_MODULE, "again", local.endpoint, device, count, began) as line:
                 found.append(json.loads(line))
-            _wait_until_held()
+            wait_until_held(_KEY)
     del found[0]  # files are in the page cache from here on
     return {name: statistics.median(one[name] for one in found) for name in found[0]}
-
-
-@contextmanager
-def _killed(function: str, *args: str) -> Iterator[str]:
-    """The first line of a process that is killed at the end of the block."""
-    command = call(_MODULE, function, *args)
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield answer(process, function)
-        finally:
-            process.kill()
-
-
-@contextmanager
-def _keepers_end() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for kept in _kept_of_ours():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(kept.pid, signal.SIGKILL)
-
-
-def _kept_of_ours() -> list[Kept]:
-    return [kept for kept in keepers_here() if kept.key == "/engines/adoption/0"]
-
-
-def _wait_until_held() -> None:
-    limit = time.monotonic() + 30
-    while not any(kept.held for kept in _kept_of_ours()):
-        if time.monotonic() > limit:
-            raise click.ClickException("the keeper does not hold the weights")
-        time.sleep(0.01)
 
 
 def _layers(count: str) -> list[str]:
