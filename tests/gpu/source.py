@@ -6,6 +6,7 @@ has it, and serves it as another instance, from then on. `large N`: as `publish`
 MiB. `arena N`: as `publish`, on the first GPU and in an arena. `host N`: in an arena of the host.
 `both N`: every second tensor on the first GPU, the others in an arena of the host. `held N`: as
 `arena N`, held for a minute once this process has ended. `segments N`: so without an arena.
+`layers N`: as `held`, 4 GiB of tensors of 64 MiB.
 `late N`: publishes another instance besides, from memory that is new. `update`: adds one to every
 element, on a separate stream. `pause`, `resume`: as a publication does. `replace N`: frees its
 memory, for which it must be paused, and serves the content of number N. Ends with its input.
@@ -23,6 +24,8 @@ from engine_registry import ModelIdentity, Registry
 
 Tensors = dict[str, torch.Tensor]
 MODEL = ModelIdentity("on GPUs")
+_HOLDS = ("held", "segments", "layers")
+_PUBLISHES = ("publish", "large", "arena", "host", "both", *_HOLDS)
 
 
 def content(number: int, device: str | None = None) -> Tensors:
@@ -54,9 +57,23 @@ def large_content(number: int, device: str = "cuda:0") -> Tensors:
     }
 
 
+def layers_content(number: int, device: str = "cuda:0") -> Tensors:
+    """As parameters of a model of 64 layers."""
+    return {
+        f"{place}.weight": torch.full(
+            (1 << 12, 1 << 13), 100.0 * number + place, dtype=torch.bfloat16, device=device
+        )
+        for place in range(64)
+    }
+
+
 def made(command: str, number: int) -> Tensors:
     if command == "large":
         return large_content(number)
+    if command == "layers":
+        layers = layers_content(number)
+        arena_of(layers).close()
+        return layers
     if command == "publish":
         return content(number)
     if command == "segments":
@@ -101,7 +118,7 @@ def main(endpoint: str, protocol: str) -> None:
         stack, tensors, publication = ExitStack(), Tensors(), None
         for line in sys.stdin:
             command, _, number = line.strip().partition(" ")
-            if command in ("publish", "large", "arena", "host", "both", "held", "segments"):
+            if command in _PUBLISHES:
                 stack.close()
                 tensors.clear()
                 torch.cuda.empty_cache()
@@ -115,9 +132,7 @@ def main(endpoint: str, protocol: str) -> None:
                         world_size=1,
                         tensors=tensors,
                         model=MODEL,
-                        options=PublishOptions(
-                            digests=True, hold_s=60 if command in ("held", "segments") else 0
-                        ),
+                        options=PublishOptions(digests=True, hold_s=60 if command in _HOLDS else 0),
                     )
                 )
             elif command == "copy":

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from engine_loader import MooncakeEngine, Publication, PublishOptions, publish_state_dict
 from engine_registry import ModelIdentity, Registry
+from engine_registry.errors import KeeperFailed
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.registration.held import keepers_here, let_go
 from tests.support.checkout import ROOT
 from tests.support.waiting import wait_until
 
@@ -209,10 +211,18 @@ def held(registry: Registry, instance: str) -> list[int]:
 
 
 def wait_for_withdrawal(registry: Registry) -> None:
-    """Until the keepers of all engines have withdrawn them: without etcd they would try on."""
-    wait_until(
-        lambda: not any(one.instance.startswith("vllm.") for one in registry.instances()), 60
-    )
+    """Until the keepers of all engines have withdrawn them: without etcd they would try on. What
+    they hold of engines that were killed is let go.
+    """
+
+    def withdrawn() -> bool:
+        for kept in keepers_here():
+            if kept.held and kept.key.startswith("/engines/vllm."):
+                with suppress(KeeperFailed):
+                    let_go(kept)
+        return not any(one.instance.startswith("vllm.") for one in registry.instances())
+
+    wait_until(withdrawn, 60)
 
 
 @pytest.fixture
