@@ -12,19 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from engine_loader.errors import EngineFailed
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.tensors import runtime_tensors
 from engine_loader.integrations.vllm.describing import Ranks, identity_of
-from engine_loader.integrations.vllm.holding import make_room
+from engine_loader.integrations.vllm.holding import adoptable_nbytes
+from engine_loader.tensors.deferred import Deferred
 from engine_loader.tensors.host_memory import memory_at
 from engine_registry import Registry
 from engine_registry.etcd.local import LocalEtcd
+from engine_registry.etcd.ports import free_port
 from tests.integration.conftest import Processes, line_of
 from tests.integration.test_held_starts import kill
 from tests.integration.test_seeding import events
 from tests.support.processes.held import content
-from tests.support.vllm_layers import Model, checkpoint
+from tests.support.vllm_layers import Model, ReplicatedLinear, checkpoint
 from tests.support.vllm_start import StartedRank, identity, start_rank
 from tests.support.waiting import wait_until
 
@@ -106,6 +110,99 @@ def test_an_engine_whose_memory_something_else_uses_is_served_but_not_held(
     assert kernel.data_ptr() == model.get_submodule("qkv").get_parameter("weight").data_ptr()
 
 
+# -- on a device without room for the weights beside those that are held
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda device: 0)
+    monkeypatch.setattr("engine_loader.tensors.deferred._LEAST_NBYTES", 1)
+
+
+class Watched(Model):
+    """Counts its parameters that have no memory when they are filled."""
+
+    without_memory = 0
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        Watched.without_memory = sum(one.is_meta for one in self.parameters())
+
+
+@pytest.mark.usefixtures("no_room")
+def test_weights_are_adopted_by_a_model_that_was_made_without_memory(
+    engines: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = Model(0, 1)
+    expected.load_weights(checkpoint())
+    engines.kill_one()
+    monkeypatch.setattr("tests.support.vllm_start.Model", Watched)
+    second = engines.start()
+    assert second.source == "held"
+    assert Watched.without_memory == len(list(second.model.parameters()))
+    for name, tensor in runtime_tensors(expected).items():
+        assert torch.equal(second.tensors()[name].float(), tensor.float()), name
+    for name, parameter in expected.named_parameters():
+        marks = {*vars(parameter)} - {"weight_loader"}
+        found = vars(second.model.get_parameter(name))
+        assert {mark: found[mark] for mark in marks} == {m: vars(parameter)[m] for m in marks}
+    assert events(caplog, "held_let_go") == []
+
+
+class Other(Model):
+    """Has a tensor that no checkpoint fills."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self.more: nn.Module = ReplicatedLinear().add("weight", 300)
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize("etcd", ["there", "away"])
+def test_what_cannot_be_adopted_is_let_go_and_the_model_gets_memory(
+    engines: Engines,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    etcd: str,
+) -> None:
+    expected = Model(0, 1)
+    expected.load_weights(checkpoint(3))
+    engines.kill_one()
+    monkeypatch.setattr("tests.support.vllm_start.Model", Other)
+    if etcd == "away":
+        engines.settings |= {"etcd": f"127.0.0.1:{free_port()}", "without_etcd_s": 0.5}
+    second = engines.start()
+    assert second.source == "disk"
+    assert not second.model.get_parameter("more.weight").any()
+    for name, parameter in expected.named_parameters():
+        found = second.model.get_parameter(name)
+        assert torch.equal(found.float(), parameter.float()), name
+    if etcd == "there":
+        assert events(caplog, "held_unusable") == ["WARNING"]
+        assert events(caplog, "held_let_go") == ["WARNING"]
+        wait_until(lambda: [one.instance for one in engines.registry.instances()] == ["b"])
+    else:
+        assert events(caplog, "held_let_go") == []
+
+
+@pytest.mark.usefixtures("no_room")
+def test_a_model_that_has_no_room_at_all_does_not_start_and_the_error_says_why(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines.kill_one()
+    monkeypatch.setattr("tests.support.vllm_start.Model", Other)
+
+    def full(self: Deferred) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Deferred, "give_memory", full)
+    engines.settings |= {"etcd": f"127.0.0.1:{free_port()}", "without_etcd_s": 0.5}
+    with pytest.raises(EngineFailed, match=r"0\.00 GB are held for /engines/source/0") as caught:
+        engines.start()
+    assert caught.value.remedy == "free what is held, then start the engine again"
+
+
 # -- the memory that vLLM asks for
 # --------------------------------------------------------------------------------------------------
 
@@ -145,22 +242,10 @@ def left(engines: Engines, processes: Processes) -> IntegrationConfig:
 def test_what_a_worker_will_adopt_is_known_before_its_model_is_made(
     left: IntegrationConfig,
 ) -> None:
-    nbytes = make_room(left, VLLM, RANKS, {})
+    nbytes = adoptable_nbytes(left, VLLM, RANKS, {})
     assert nbytes >= sum(tensor.nbytes for tensor in content().values())
-    assert make_room(left, VLLM, Ranks(tp=(1, 2)), {}) == 0
-    assert make_room(IntegrationConfig.of({**asdict(left), "revision": "r2"}), VLLM, RANKS, {}) == 0
-
-
-def test_what_a_worker_has_no_room_to_adopt_is_let_go(
-    left: IntegrationConfig,
-    engines: Engines,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        "engine_loader.integrations.vllm.holding.available_nbytes", lambda device: 1000
+    assert adoptable_nbytes(left, VLLM, Ranks(tp=(1, 2)), {}) == 0
+    assert (
+        adoptable_nbytes(IntegrationConfig.of({**asdict(left), "revision": "r2"}), VLLM, RANKS, {})
+        == 0
     )
-    assert make_room(left, VLLM, RANKS, {}) == 0
-    assert events(caplog, "held_let_go") == ["WARNING"]
-    assert make_room(left, VLLM, RANKS, {}) == 0
-    wait_until(lambda: engines.registry.instances() == ())

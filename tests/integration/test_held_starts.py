@@ -13,6 +13,7 @@ import torch
 
 from engine_loader import InProcessEngine, LoadOptions, PublishOptions, Seeded, load_or_seed
 from engine_loader.adopting.finding import find_held
+from engine_loader.errors import TensorsUnusable
 from engine_loader.tensors.destination import Destination
 from engine_registry import ModelIdentity, Registry
 from engine_registry.etcd.local import LocalEtcd
@@ -126,6 +127,37 @@ def test_a_start_that_may_not_adopt_reads(
 def test_a_destination_is_given_no_other_memory(start: Start) -> None:
     tensors = Destination(zeros())
     assert start(tensors, filling(tensors)).source == "disk"
+
+
+class OnMeta:
+    """Tensors without memory, and how they get some."""
+
+    def __init__(self) -> None:
+        self.tensors = {name: tensor.to("meta") for name, tensor in content().items()}
+        self.allocated = 0
+
+    def allocate(self) -> None:
+        self.allocated += 1
+        for tensor in self.tensors.values():
+            torch.utils.swap_tensors(tensor, torch.empty_like(tensor, device="cpu"))
+
+
+@pytest.mark.usefixtures("left")
+def test_tensors_on_the_meta_device_get_no_other_memory_than_what_is_held(start: Start) -> None:
+    made = OnMeta()
+    assert start(made.tensors, allocate=made.allocate).source == "held"
+    assert made.allocated == 0
+    assert all(torch.equal(made.tensors[name], tensor) for name, tensor in content().items())
+
+
+def test_tensors_on_the_meta_device_get_memory_where_nothing_is_held(start: Start) -> None:
+    made = OnMeta()
+    seeded = start(made.tensors, filling(made.tensors), allocate=made.allocate)
+    assert (seeded.source, made.allocated) == ("disk", 1)
+    seeded.close()
+    again = OnMeta()
+    with pytest.raises(TensorsUnusable, match="is on the meta device and has no memory"):
+        start(again.tensors, filling(again.tensors))
 
 
 def filling(tensors: Any) -> Callable[[], None]:

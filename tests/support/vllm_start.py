@@ -17,6 +17,7 @@ from torch import nn
 
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import StartEngine, start_engine_of
+from engine_loader.integrations.room import built_beside_held
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors, runtime_tensors
@@ -76,12 +77,19 @@ def start_rank(
         Seat(instance, f"g-{instance}", place),
         start_engine=start_engine,
     )
-    model = Model(rank, size).to(device)
+    with built_beside_held(torch.device(device)) as deferred:
+        model = Model(rank, size)
+        if deferred is None:
+            model.to(device)
     if stage == "loaded":
         tensors = loaded_tensors(model)
         layout = Layout(model, tensors)
         start.fill(
-            tensors, lambda: model.load_weights(checkpoint(seed)), layout.shards, module=model
+            tensors,
+            lambda: model.load_weights(checkpoint(seed)),
+            layout.shards,
+            module=model,
+            deferred=deferred,
         )
         start.publish(model, tensors, loaded_tensors)
         return StartedRank(start, model)

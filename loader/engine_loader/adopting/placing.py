@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parameter import is_lazy
 
+from engine_loader.tensors.meta import like
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import entry_of
 from engine_loader.tensors.shards import Shard, is_sharded, local_parts
@@ -60,7 +60,7 @@ class Wanted:
             if not tensor.is_meta or id(tensor) in self._made:
                 continue
             try:
-                made = _like(tensor, view)
+                made = like(tensor, view)
             except Exception as exc:  # noqa: BLE001  a subclass may raise whatever it likes
                 problems.append(f"{name}: no {type(tensor).__name__} can be made of memory ({exc})")
                 continue
@@ -78,27 +78,6 @@ class Wanted:
                 tensor._local_tensor.data = view
             elif tensor.numel() and tensor.data_ptr() != view.data_ptr():
                 tensor.data = view
-
-
-def _like(tensor: Any, view: torch.Tensor) -> torch.Tensor:
-    """The same with that memory, which for a DTensor is its part."""
-    made: torch.Tensor
-    if is_sharded(tensor):
-        made = type(tensor).from_local(
-            view,
-            tensor.device_mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    else:
-        made = torch.Tensor._make_subclass(type(tensor), view, tensor.requires_grad)
-    for name, value in vars(tensor).items():  # engines hang loaders and layouts on parameters
-        vars(made).setdefault(name, value)
-    return made
 
 
 def _unfit(tensor: Any) -> str:

@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -28,12 +29,14 @@ from engine_loader.integrations.connecting import (
 from engine_loader.integrations.logs import reason
 from engine_loader.integrations.outcome import Outcome
 from engine_loader.integrations.reading import Reading
+from engine_loader.integrations.room import give_memory
 from engine_loader.integrations.seat import Seat
 from engine_loader.integrations.serving import serve
 from engine_loader.options import PublishOptions
 from engine_loader.publishing.publication import Publication
 from engine_loader.starting.load_or_seed import load_or_seed
 from engine_loader.starting.seeded import Seeded
+from engine_loader.tensors.deferred import Deferred
 from engine_loader.tensors.shards import Shard
 from engine_registry import ModelIdentity
 from engine_registry.errors import EngineRegistryError
@@ -107,6 +110,7 @@ class ModelStart:
         shards: Mapping[str, Shard] | None = None,
         *,
         module: nn.Module | None = None,
+        deferred: Deferred | None = None,
     ) -> None:
         """Fills the weights from what is held here, from peers, or by the engine's loader.
         `publish` makes them a source.
@@ -120,12 +124,19 @@ class ModelStart:
             module: The model, if nothing knows the addresses of its tensors yet, as before it is
                 post-processed. Then these may get memory that is held, and are moved into memory
                 that can be held; others that share their memory come along.
+            deferred: Parameters that get memory only if they do not get what is held.
 
         Raises:
             Exception: Whatever `read` raises. What this library raises, where it is required.
         """
-        reading, self._shards = Reading(read), shards
-        self._seeded = self._try(lambda: self._load_or_seed(tensors, reading, module), reading)
+        allocate: Callable[[], None] | None = None
+        if deferred is not None:
+            place = self._seat.place
+            allocate = partial(give_memory, deferred, self._connection, self._model, place)
+        reading, self._shards = Reading(read, allocate), shards
+        self._seeded = self._try(
+            lambda: self._load_or_seed(tensors, reading, module, allocate), reading
+        )
         if self._seeded is not None:
             self.copied_version = self._seeded.version or 0
         config = self._config
@@ -134,7 +145,10 @@ class ModelStart:
             if self._try(lambda: moved_into_arenas(rank, tensors, module, required)):
                 self._hold_s = config.hold_s
         if self._seeded is None and not reading.done:
-            reading()
+            try:
+                reading()
+            finally:
+                self.close()  # it may have connected, to free what is held
 
     def publish(
         self,
@@ -226,6 +240,7 @@ class ModelStart:
         tensors: Tensors | Callable[[], Tensors],
         reading: Reading,
         module: nn.Module | None,
+        allocate: Callable[[], None] | None,
     ) -> Seeded:
         connection, place, config = self._connection, self._seat.place, self._config
         following = Following(str(self._seat), module) if module is not None else None
@@ -245,6 +260,7 @@ class ModelStart:
             required=config.required,
             publish_later=True,
             adopt=following.may_adopt if following is not None else False,
+            allocate=allocate,
             load=config.load_options,
             publish=self._options(),
         )

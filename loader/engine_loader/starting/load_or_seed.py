@@ -28,7 +28,7 @@ from engine_loader.starting.seed import Seed
 from engine_loader.starting.seeded import Seeded
 from engine_loader.starting.start import Start
 from engine_loader.tensors.destination import Destination
-from engine_loader.tensors.shards import Shard
+from engine_loader.tensors.shards import Shard, all_in_boxes
 from engine_registry import ModelIdentity, Place, Registry
 from engine_registry.errors import InvalidField
 from engine_registry.schema.keys import check_instance, check_rank
@@ -57,6 +57,7 @@ def load_or_seed(
     required: bool = False,
     publish_later: bool = False,
     adopt: MayAdopt = True,
+    allocate: Callable[[], object] | None = None,
     load: LoadOptions = LoadOptions(),
     publish: PublishOptions = PublishOptions(),
 ) -> Seeded:
@@ -108,6 +109,9 @@ def load_or_seed(
         adopt: Whether the tensors may be given memory that is held on this host, or a function of
             them that says so. Say False where something knows their addresses already. A
             Destination is never given other memory.
+        allocate: Gives memory to those of the tensors that are on the meta device, which stay the
+            same objects. It is called where nothing is adopted, before peers or the fallback fill
+            the tensors.
         load: How to load from peers; see LoadOptions. Without `version` and `contents`. Its
             `progress` and `cancel` also hold for reads of files. A function has no progress, and
             takes its time: if `cancel` is set meanwhile, Cancelled is raised when it returns.
@@ -138,10 +142,17 @@ def load_or_seed(
     refuse(load, "load_or_seed", _REFUSED)
     place = Place(rank, world_size, topology or {})
     of_peers = cache(lambda: tensors() if callable(tensors) else tensors)
-    for_peers = cache(lambda: Destination.of(of_peers(), shards))
+
+    @cache
+    def for_peers() -> Destination:
+        if allocate is not None:
+            allocate()
+        return Destination.of(of_peers(), shards)
+
     for_fallback, has_boxes = for_peers, False
     if not callable(tensors):
-        has_boxes = for_peers().has_boxes
+        have_memory = allocate is None or isinstance(tensors, Destination)
+        has_boxes = for_peers().has_boxes if have_memory else all_in_boxes(tensors, shards)
     elif callable(fallback):
         if not publish_later:
             raise InvalidField(

@@ -1,12 +1,18 @@
-"""Modules that are built without memory for their parameters."""
+"""Tensors on the meta device, which have no memory: modules that are built with such parameters,
+and tensors like them that have some.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
+
+from engine_loader.tensors.shards import is_sharded
 
 _BUILDING = threading.RLock()  # `nn.Module` is changed for all threads
 
@@ -34,3 +40,26 @@ def parameters_on_meta() -> Iterator[None]:
             yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def like(tensor: Any, view: torch.Tensor) -> torch.Tensor:
+    """The same with that memory, which for a DTensor is its part. It can take the tensor's place by
+    `torch.utils.swap_tensors`.
+    """
+    made: torch.Tensor
+    if is_sharded(tensor):
+        made = type(tensor).from_local(
+            view,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    else:
+        made = torch.Tensor._make_subclass(type(tensor), view, tensor.requires_grad)
+    for name, value in vars(tensor).items():  # engines hang loaders and layouts on parameters
+        vars(made).setdefault(name, value)
+    return made

@@ -177,6 +177,16 @@ def local_parts(
     return parts, boxes
 
 
+def all_in_boxes(
+    tensors: Mapping[str, torch.Tensor], shards: Mapping[str, Shard] | None = None
+) -> bool:
+    """Whether it is known of each tensor which box of the whole this process has of it. They need
+    no memory. Raises TensorsUnusable as `local_parts` does.
+    """
+    parts, boxes = local_parts(tensors, shards)
+    return parts.keys() <= boxes.keys()
+
+
 def local(tensor: Any) -> Any:
     """What this process holds of the tensor."""
     return _arrived(tensor.to_local() if is_sharded(tensor) else tensor)

@@ -24,6 +24,7 @@ import sglang.srt.models.registry
 import torch
 
 from engine_loader.integrations.sglang import request
+from tests.support.room import fill_device
 
 
 def serve(folder: Path, name: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
@@ -34,6 +35,8 @@ def serve(folder: Path, name: str, arguments: dict[str, Any], environment: dict[
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
+    if "TEST_NO_ROOM" in environment:
+        fill_device()
     with Listener(str(folder / name), "AF_UNIX") as listener, listener.accept() as test:
         try:
             engine = sglang.Engine(**arguments)

@@ -89,3 +89,20 @@ def fails_at_a_long_answer() -> None:
         return execute(self, *args, **kwargs)
 
     CPUModelRunner.execute_model = execute_few
+
+
+def no_room() -> None:
+    """As on a GPU of which most is held."""
+    from tests.support.room import fill_device
+
+    fill_device()
+
+
+def refuses_what_is_held() -> None:
+    """As where something uses the memory of a model that was just made."""
+    from engine_loader.integrations.arenas import Following
+
+    def never(self: Any, tensors: Any) -> bool:
+        return False
+
+    Following.may_adopt = never  # type: ignore[method-assign]

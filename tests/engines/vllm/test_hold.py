@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engine_registry import Registry
-from engine_registry.errors import KeeperFailed
 from engine_registry.registration.held import Kept, keepers_here, let_go
 from tests.engines.vllm.conftest import Engine, Engines
 from tests.support.waiting import wait_until
@@ -17,6 +15,7 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 Checkpoint = Callable[..., str]
 PLAIN, FAILS = ("plain_linear_layers",), ("fails_at_a_long_answer",)
+NO_ROOM = ("no_room",)
 HOLD = {"hold_s": 120}
 
 
@@ -35,16 +34,6 @@ def kill(engine: Engine, ranks: int = 1) -> list[Kept]:
     engine.kill()
     wait_until(lambda: len(left_by(instance)) == ranks)
     return left_by(instance)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """After the engines, which end by SIGKILL."""
-    yield
-    for kept in keepers_here():
-        if kept.held and kept.key.startswith("/engines/vllm."):
-            with suppress(KeeperFailed):
-                let_go(kept)
 
 
 def test_an_engine_that_is_killed_leaves_its_weights_to_one_after_another(
@@ -82,6 +71,39 @@ def test_weights_that_vllm_packs_for_a_cpu_outlive_it(
     second = engines.start(model, HOLD)
     assert second.sources() == ["held"]
     assert second.generate() == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-int8", "qwen3moe"])
+def test_an_engine_without_room_for_more_weights_is_made_without_memory_and_adopts(
+    engines: Engines, checkpoint: Checkpoint, kind: str
+) -> None:
+    model = checkpoint(kind)
+    first = engines.start(model, HOLD)
+    expected, sums = first.generate(), first.ask("checksums")
+    kill(first)
+    second = engines.start(model, HOLD, patches=NO_ROOM)
+    assert second.lines("the model is made without memory for")
+    assert second.sources() == ["held"]
+    assert (second.generate(), second.ask("checksums")) == (expected, sums)
+    if kind == "qwen3":  # vLLM 0.32 itself does not reload what it has packed for a CPU
+        second.ask("call", method="reload_weights")  # from the disk, into the same model
+        assert second.generate() == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-int8", "qwen3moe"])
+def test_an_engine_without_room_that_cannot_adopt_frees_what_is_held_and_reads_its_disk(
+    engines: Engines, checkpoint: Checkpoint, kind: str
+) -> None:
+    model = checkpoint(kind)
+    first = engines.start(model, HOLD)
+    instance, expected = first.instance(), first.generate()
+    sums = first.ask("checksums")
+    kill(first)
+    second = engines.start(model, HOLD, patches=(*NO_ROOM, "refuses_what_is_held"))
+    assert second.sources() == ["disk"]
+    assert second.lines("were not adopted, and are let go")
+    assert left_by(instance) == []
+    assert (second.generate(), second.ask("checksums")) == (expected, sums)
 
 
 def test_of_two_workers_the_one_whose_weights_are_gone_reads_them(

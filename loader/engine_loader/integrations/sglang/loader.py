@@ -7,6 +7,7 @@ SGLang makes it in each of its schedulers. It starts the processes and threads o
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
+from engine_loader.integrations.room import built_beside_held, held_on
 from engine_loader.integrations.sglang.identity import group_of, identity_of, seat_of_launch
 from engine_loader.integrations.sglang.updates import (
     Changes,
@@ -68,7 +70,8 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
         """The model with its weights. They come from peers, or from the checkpoint."""
         join_log("sglang")
-        if self.config.hold_s and get_exec().features.enable_memory_saver:
+        saves_memory = get_exec().features.enable_memory_saver
+        if self.config.hold_s and saves_memory:
             raise InvalidField(
                 "with enable_memory_saver SGLang gives the memory of its weights back while it is "
                 "released, so they cannot be held after its death",
@@ -81,8 +84,9 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
         seat = seat_of_launch(f"{base}.draft" if is_draft else base, group_of(is_draft))
         with set_default_torch_dtype(model_config.dtype):
             quantization = _get_quantization_config(model_config, self.load_config)
-            with device:
+            with device, nullcontext() if saves_memory else built_beside_held(device) as deferred:
                 model: nn.Module = _initialize_model(model_config, self.load_config, quantization)
+            held = {kept.name: kept.nbytes for kept in held_on(device)}
             start = ModelStart(
                 self.config,
                 identity_of(
@@ -102,8 +106,12 @@ class PeerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is no
                 lambda: self.load_weights_only(
                     model, self._get_all_weights(model_config, model), device
                 ),
-                module=model,
+                module=None if saves_memory else model,
+                deferred=deferred,
             )
+            left = {kept.name for kept in held_on(device)}
+            # SGLang has looked at the free memory before
+            self.preloaded_weights_bytes = sum(held[name] for name in held.keys() - left)
             kept = Kept(tensors)
             self.postprocess_weights(model, device)
         self._serve(start, model, kept)

@@ -15,12 +15,11 @@ import torch
 from engine_loader.adopting.finding import HeldRank, find_held
 from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.connecting import Connection
+from engine_loader.integrations.room import held_on, numbered
 from engine_loader.integrations.vllm.describing import Ranks, identity_of
-from engine_loader.publishing.holding import name_of
-from engine_loader.tensors.available import available_nbytes
 from engine_registry import ModelIdentity
 from engine_registry.errors import InvalidField
-from engine_registry.registration.held import Kept, keepers_here, let_go
+from engine_registry.registration.held import Kept
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -56,27 +55,17 @@ def refuse_with_hold(config: IntegrationConfig, vllm_config: Any) -> None:
         )
 
 
-def make_room(
+def adoptable_nbytes(
     config: IntegrationConfig, vllm_config: Any, ranks: Ranks, build: Mapping[str, str]
 ) -> int:
-    """Bytes that the worker will adopt. What it has no room to adopt is let go, with a warning.
-
-    vLLM makes its parameters before it fills them. So for a moment there have to be both.
-    """
+    """Bytes that the worker will adopt. A warning names what is held there for others."""
     if moves_weights(vllm_config) or config.stage == "processed":
         return 0
-    device = torch.device(vllm_config.device_config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())  # vLLM has chosen it
+    device = numbered(torch.device(vllm_config.device_config.device))
     ours = list(_held_for(config, vllm_config, ranks, build, device))
     names = {found.kept.name for found in ours}
-    _say_others(device, [one for one in keepers_here() if one.held and one.name not in names])
-    nbytes, available = sum(found.kept.nbytes for found in ours), available_nbytes(device)
-    if available is None or nbytes <= available:
-        return nbytes
-    for found in ours:
-        _let_go(found, available)
-    return 0
+    _say_others(device, [kept for kept in held_on(device) if kept.name not in names])
+    return sum(found.kept.nbytes for found in ours)
 
 
 def _held_for(
@@ -120,25 +109,12 @@ def _models_of(
             )
 
 
-def _let_go(found: HeldRank, available: int) -> None:
-    log.warning(
-        "the weights that %s has left on this host are let go, as vLLM makes its parameters before "
-        "it fills them: that takes %.2f GB, and %.2f GB are free",
-        found.record.key,
-        found.kept.nbytes / 1e9,
-        available / 1e9,
-        extra=fields("held_let_go", key=found.record.key, nbytes=found.kept.nbytes),
-    )
-    let_go(found.kept)
-
-
 def _say_others(device: torch.device, others: list[Kept]) -> None:
-    for kept in others:
-        if device.type == "cuda" and name_of(device) in kept.devices:
-            log.warning(
-                "%.2f GB of this GPU are held for %s for %.0f s more, and another model starts",
-                kept.nbytes / 1e9,
-                kept.key,
-                kept.left_s,
-                extra=fields("held_for_others", key=kept.key, nbytes=kept.nbytes),
-            )
+    for kept in others if device.type == "cuda" else ():
+        log.warning(
+            "%.2f GB of this GPU are held for %s for %.0f s more, and another model starts",
+            kept.nbytes / 1e9,
+            kept.key,
+            kept.left_s,
+            extra=fields("held_for_others", key=kept.key, nbytes=kept.nbytes),
+        )

@@ -52,7 +52,7 @@ class Layout:
         """Looks at vLLM's layers.
 
         Args:
-            module: The model, before its weights are post-processed.
+            module: The model, before its weights are post-processed. It needs no memory yet.
             tensors: Those tensors of it that are filled and served, by their names in it.
         """
         self.shards: dict[str, Shard] = {}
@@ -109,7 +109,7 @@ def _cut_of(module: nn.Module, name: str, tensor: torch.Tensor) -> _Cut | None:
     except AttributeError:
         return None
     is_view = getattr(owner, leaf, None) is not tensor
-    if is_view or tensor.device.type == "meta" or any(getattr(tensor, at, 0) for at in _STRANGE):
+    if is_view or any(getattr(tensor, at, 0) for at in _STRANGE):
         return None
     loader = getattr(tensor, "weight_loader", None)
     if loader is None:

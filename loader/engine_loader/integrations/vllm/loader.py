@@ -34,14 +34,20 @@ from engine_loader.integrations.config import IntegrationConfig
 from engine_loader.integrations.groups import gathered
 from engine_loader.integrations.kept import Kept
 from engine_loader.integrations.logs import join_log
+from engine_loader.integrations.room import built_beside_held
 from engine_loader.integrations.starting import ModelStart
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm import compiling, hooks
 from engine_loader.integrations.vllm.describing import identity_of, is_draft, seat_of
-from engine_loader.integrations.vllm.holding import make_room, moves_weights, refuse_with_hold
+from engine_loader.integrations.vllm.holding import (
+    adoptable_nbytes,
+    moves_weights,
+    refuse_with_hold,
+)
 from engine_loader.integrations.vllm.layout import Layout
 from engine_loader.integrations.vllm.processed import Unprocessed, served_tensors
 from engine_loader.integrations.vllm.worker import build_here, ranks_here
+from engine_loader.tensors.deferred import Deferred
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
@@ -68,6 +74,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         self.config = IntegrationConfig.of(load_config.model_loader_extra_config)
         self._vllm_config: Any = None  # while a model is loaded for the first time
         self._loading: _Loading | None = None
+        self._deferred: Deferred | None = None
 
     def download_model(self, model_config: Any) -> None:
         """Nothing is downloaded before it is this process's turn to read."""
@@ -77,8 +84,18 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         found: Iterable[Any] = self._own_loader().get_all_weights(model_config, model)
         return found
 
+    def create_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """A model without weights, and without memory for them where what may be adopted leaves no
+        room for both.
+        """
+        fills = self._vllm_config is not None and not moves_weights(vllm_config)
+        with built_beside_held(self._device(vllm_config)) if fills else nullcontext() as deferred:
+            model: nn.Module = super().create_model(vllm_config, model_config, prefix)
+        self._deferred = deferred
+        return model
+
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Fills a model that has its memory already."""
+        """Fills a model that `create_model` has made, or that runs."""
         own, vllm_config = self._own_loader(), self._vllm_config
         if vllm_config is None:  # a reload in place: the user wants what is on the disk
             own.load_weights(model, model_config)
@@ -94,7 +111,8 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
             loading.missed = missed
 
         still = None if moves_weights(vllm_config) else model
-        start.fill(tensors, read, layout.shards if layout is not None else None, module=still)
+        shards = layout.shards if layout is not None else None
+        start.fill(tensors, read, shards, module=still, deferred=self._deferred)
         if start.seeded is not None:
             loading.kept = Kept(tensors)
 
@@ -106,7 +124,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         """
         refuse_with_hold(self.config, vllm_config)
         try:
-            return make_room(self.config, vllm_config, ranks_here(vllm_config), build_here())
+            return adoptable_nbytes(self.config, vllm_config, ranks_here(vllm_config), build_here())
         except Exception as exc:  # noqa: BLE001  vLLM must not fail to start because of us
             log.info("it is not known what is held here: %s", exc, extra=fields("held_unknown"))
             return 0
@@ -136,7 +154,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, prefix)
         finally:
-            self._vllm_config = None
+            self._vllm_config = self._deferred = None
         if self._loading is not None:
             self._publish_loaded(self._loading, model)
         return model
@@ -209,7 +227,7 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
     def _load_processed(self, vllm_config: Any, model_config: Any, prefix: str) -> nn.Module:
         start = self._new_start(vllm_config, model_config, "processed", reshard=False)
         self._loading = _Loading(start)
-        target: Any = torch.device(self.load_config.device or vllm_config.device_config.device)
+        target: Any = self._device(vllm_config)
         own, dry = self._own_loader(), False
         before: list[Unprocessed] = []
         with ExitStack() as stack:
@@ -281,6 +299,9 @@ class EngineRegistryLoader(BaseModelLoader):  # type: ignore[misc]
         else:
             compiling.pull_compile_cache(self.config, vllm_config, ranks, seat)
         return start
+
+    def _device(self, vllm_config: Any) -> torch.device:
+        return torch.device(self.load_config.device or vllm_config.device_config.device)
 
     def _own_loader(self) -> Any:
         return DefaultModelLoader(self._own_config(self.config.fallback_format))

@@ -9,8 +9,9 @@ import torch
 
 from engine_loader.errors import TensorsUnusable
 from engine_loader.files.memory import shards_like
+from engine_loader.tensors.destination import Destination
 from engine_loader.tensors.regions import describe
-from engine_loader.tensors.shards import Shard
+from engine_loader.tensors.shards import Shard, all_in_boxes
 from engine_registry import TensorEntry
 
 # Of a whole of 12 rows: four rows of queries, one of keys and one of values.
@@ -109,3 +110,14 @@ def test_shards_are_compared_and_hashed_by_what_they_say() -> None:
     same = Shard((12, 8), (0, 0), slices)
     assert (same, hash(same)) == (QKV, hash(QKV))
     assert same != Shard((12, 8), (0, 0), {0: [(0, 4), (8, 9), (11, 12)]})
+
+
+@pytest.mark.parametrize(("named", "known"), [(["a", "b"], True), (["a"], False), ([], False)])
+def test_which_part_each_tensor_is_can_be_known_without_memory(
+    named: list[str], known: bool
+) -> None:
+    tensors = {name: torch.zeros(4, 8) for name in ("a", "b")}
+    shards = {name: Shard((12, 8), (0, 0)) for name in named}
+    assert Destination(tensors, shards).has_boxes is known
+    on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    assert all_in_boxes(on_meta, shards) is known

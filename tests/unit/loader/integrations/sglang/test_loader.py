@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine_loader.tensors.deferred import Deferred
 from engine_registry.errors import InvalidField
 from tests.support.sglang import HookRegistry, LoadConfig, LoadFormat, Process
 
@@ -22,6 +23,7 @@ CONFIG = SimpleNamespace(
     is_draft_model=False,
 )
 DEVICE = SimpleNamespace(device="cpu")
+HELD = SimpleNamespace(name="held", nbytes=1000)
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -42,8 +44,14 @@ class Start:
         self.made.append(self)
 
     def fill(
-        self, tensors: Tensors, read: Callable[[], object], *, module: nn.Module | None
+        self,
+        tensors: Tensors,
+        read: Callable[[], object],
+        *,
+        module: nn.Module | None,
+        deferred: Deferred | None,
     ) -> None:
+        self.module, self.deferred = module, deferred
         if self.has_peers:
             for tensor in tensors.values():
                 tensor.data.fill_(5.0)
@@ -251,3 +259,35 @@ def test_weights_that_sglang_gives_back_while_it_is_released_are_not_held(loaded
     loader = loaded.module.PeerModelLoader(LoadConfig(model_loader_extra_config={"hold_s": 300}))
     with pytest.raises(InvalidField, match="leave out one of `hold_s` and enable_memory_saver"):
         loader.load_model(model_config=CONFIG, device_config=DEVICE)
+
+
+def test_weights_that_sglang_gives_back_while_it_is_released_lie_where_it_puts_them(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded.process.exec.features.enable_memory_saver = True
+    monkeypatch.setattr("engine_loader.integrations.room.held_on", lambda _: [HELD])
+    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda _: 0)
+    _, start = loaded.start()
+    assert (start.module, start.deferred) == (None, None)
+
+
+def test_a_model_without_room_for_more_than_what_is_held_is_made_without_memory(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine_loader.integrations.room.held_on", lambda _: [HELD])
+    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda _: 999)
+    model, start = loaded.start()
+    assert start.module is model
+    assert start.deferred is not None
+    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda _: 1000)
+    assert loaded.start()[1].deferred is None
+
+
+def test_sglang_counts_memory_that_was_held_before_it_looked_at_what_is_free(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = iter([[HELD, SimpleNamespace(name="other", nbytes=7)], [HELD]])
+    monkeypatch.setattr(loaded.module, "held_on", lambda _: next(held))
+    loader = loaded.module.PeerModelLoader(LoadConfig())
+    loader.load_model(model_config=CONFIG, device_config=DEVICE)
+    assert loader.preloaded_weights_bytes == 7

@@ -11,6 +11,7 @@ from torch import nn
 
 from engine_loader.integrations.tensors import loaded_tensors
 from engine_loader.integrations.vllm.layout import Layout
+from engine_loader.tensors.meta import like
 from engine_loader.tensors.shards import Shard
 from tests.support.vllm_layers import (
     Attention,
@@ -130,7 +131,7 @@ def test_a_tensor_whose_cut_is_not_known_is_no_part(layer: nn.Module) -> None:
     assert part(layer) is None
 
 
-def test_views_and_tensors_without_memory_are_no_parts() -> None:
+def test_views_are_no_parts_and_tensors_need_no_memory() -> None:
     layer = nn.Sequential(marked())
     weight = layer.get_parameter("0.weight")
     for name, tensor in {
@@ -139,7 +140,10 @@ def test_views_and_tensors_without_memory_are_no_parts() -> None:
         "1.weight": weight,
     }.items():
         assert Layout(layer, {name: tensor}).unknown == [name]
-    assert part(marked().to("meta")) is None
+    without = marked()
+    weight = without.get_parameter("weight")
+    torch.utils.swap_tensors(weight, like(weight, weight.detach().to("meta")))
+    assert part(without) == part(marked()) is not None
 
 
 class OwnModel(nn.Module):
