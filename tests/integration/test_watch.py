@@ -100,8 +100,12 @@ def test_a_watch_stops_although_etcd_hangs(
             own_etcd.resume()
 
 
-def test_a_watch_ends_with_an_error_when_its_registry_is_closed(registry: Registry) -> None:
+def test_a_watch_ends_with_an_error_and_no_warning_when_its_registry_is_closed(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
     with registry.watch() as watch:
+        wait_until(lambda: watch._follower._stream is not None)
         registry.close()
         with pytest.raises(EtcdError, match="closed"):
             watch.next(60)
+    assert caplog.messages == []

@@ -64,6 +64,11 @@ class Connection:
         if client is not None:
             client.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed.is_set()
+
     def _unary(self, service: str, method: str, request: Any, stop: Any = None) -> Any:
         def operation(client: Any, timeout_s: float) -> Any:
             stub = getattr(pb, f"{service}Stub")(client.channel)
