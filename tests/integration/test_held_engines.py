@@ -203,6 +203,27 @@ def test_a_model_that_has_no_room_at_all_does_not_start_and_the_error_says_why(
     assert caught.value.remedy == "free what is held, then start the engine again"
 
 
+class TooLarge(Model):
+    def __init__(self, rank: int, size: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("room", [0, 1 << 40])
+def test_a_model_that_does_not_fit_beside_what_is_held_says_what_that_is(
+    engines: Engines,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+) -> None:
+    engines.kill_one()
+    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda _: room)
+    monkeypatch.setattr("tests.support.vllm_start.Model", TooLarge)
+    with pytest.raises(torch.OutOfMemoryError):
+        engines.start()
+    assert events(caplog, "no_room_beside_held") == ["ERROR"]
+    assert "held for /engines/source/0: free what is held" in caplog.text
+
+
 # -- the memory that vLLM asks for
 # --------------------------------------------------------------------------------------------------
 

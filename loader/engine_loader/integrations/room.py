@@ -46,11 +46,19 @@ def built_beside_held(device: torch.device) -> Iterator[Deferred | None]:
     """
     device = numbered(device)
     held, available = sum(kept.nbytes for kept in held_on(device)), available_nbytes(device)
-    if not held or available is None or held <= available:
+    if not held:
         yield None
         return
-    with deferred_parameters(device) as deferred:
-        yield deferred
+    try:
+        if available is None or held <= available:
+            yield None
+            return
+        with deferred_parameters(device) as deferred:
+            yield deferred
+    except torch.OutOfMemoryError:
+        what, remedy = _no_room(device, "to make the model")
+        log.error("%s: %s", what, remedy, extra=fields("no_room_beside_held", held_nbytes=held))
+        raise
     log.info(
         "%.2f GB of %s are held, and %.2f GB are free: the model is made without memory for "
         "%.2f GB of its weights",
@@ -77,12 +85,16 @@ def give_memory(
     try:
         deferred.give_memory()
     except torch.OutOfMemoryError as exc:
-        held = held_on(deferred.device)
-        raise EngineFailed(
-            f"there is no room on {deferred.device} for {deferred.nbytes / 1e9:.2f} GB of weights"
-            + "".join(f"; {kept.nbytes / 1e9:.2f} GB are held for {kept.key}" for kept in held),
-            "free what is held, then start the engine again" if held else "",
-        ) from exc
+        what = f"for {deferred.nbytes / 1e9:.2f} GB of weights"
+        raise EngineFailed(*_no_room(deferred.device, what)) from exc
+
+
+def _no_room(device: torch.device, what: str) -> tuple[str, str]:
+    """What is wrong, and how to mend it."""
+    held = held_on(device)
+    held_for = "".join(f"; {kept.nbytes / 1e9:.2f} GB are held for {kept.key}" for kept in held)
+    remedy = "free what is held, then start the engine again" if held else "free some of it"
+    return f"there is no room on {device} {what}{held_for}", remedy
 
 
 def _let_go(deferred: Deferred, registry: Registry, model: ModelIdentity, place: Place) -> None:

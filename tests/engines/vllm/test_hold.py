@@ -106,19 +106,20 @@ def test_an_engine_without_room_that_cannot_adopt_frees_what_is_held_and_reads_i
     assert (second.generate(), second.ask("checksums")) == (expected, sums)
 
 
+@pytest.mark.parametrize("patches", [(), NO_ROOM], ids=["room", "no room"])
 def test_of_two_workers_the_one_whose_weights_are_gone_reads_them(
-    engines: Engines, checkpoint: Checkpoint
+    engines: Engines, checkpoint: Checkpoint, patches: tuple[str, ...]
 ) -> None:
     model = checkpoint("qwen2")
     first = engines.start(model, HOLD, tensor_parallel_size=2)
     expected = first.generate()
     one, _ = kill(first, ranks=2)
     let_go(one)
-    second = engines.start(model, HOLD, tensor_parallel_size=2)
+    second = engines.start(model, HOLD, tensor_parallel_size=2, patches=patches)
     assert sorted(second.sources()) == ["disk", "held"]
     assert second.generate() == expected
     kill(second, ranks=2)
-    third = engines.start(model, {}, tensor_parallel_size=2)
+    third = engines.start(model, {}, tensor_parallel_size=2, patches=patches)
     assert third.sources() == ["held", "held"]
     assert third.generate() == expected
 
