@@ -32,6 +32,7 @@ from engine_registry.etcd.library import etcd3, pb
 from engine_registry.telemetry import metrics
 
 T = TypeVar("T")
+_CLOSED = "the connection to etcd is closed"
 
 
 class Connection:
@@ -63,11 +64,6 @@ class Connection:
             self._renewals = None, None
         if client is not None:
             client.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed.is_set()
 
     def _unary(self, service: str, method: str, request: Any, stop: Any = None) -> Any:
         def operation(client: Any, timeout_s: float) -> Any:
@@ -137,6 +133,8 @@ class Connection:
 
     def _failed(self, client: Any, exc: Exception) -> EtcdError:
         """The error to raise; a connection that may be at fault is not used again."""
+        if self._closed.is_set():  # so we have ended the call ourselves
+            return EtcdError(_CLOSED)
         error = translate(str(self.config), exc)
         if is_on_again(client, exc):
             error = EtcdUnavailable(f"authentication is on again: {error.what}", error.remedy)
@@ -147,7 +145,7 @@ class Connection:
     def _connected(self) -> Any:
         with self._lock:
             if self._closed.is_set():
-                raise EtcdError("the connection to etcd is closed")
+                raise EtcdError(_CLOSED)
             if self._client is None:
                 self._client = self._new_client()
             return self._client

@@ -103,8 +103,6 @@ class Follower:
                 self.last_error = exc
                 if self._over():
                     return
-                if self._etcd.closed:
-                    continue  # by us: the next call to etcd says so
                 self._is_away(exc)
                 self._stopped.wait(backoff.next_s())
             finally:
