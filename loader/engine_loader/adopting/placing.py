@@ -4,18 +4,17 @@ and how they get there while they stay the same objects.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from engine_loader.tensors.meta import like
+from engine_loader.tensors.meta import fixed, like
 from engine_loader.tensors.modes import plain_torch
 from engine_loader.tensors.regions import entry_of
 from engine_loader.tensors.shards import Shard, is_sharded, local_parts
-from engine_loader.tensors.usable import is_dense, refuse_unusable, unusable, unusable_name
+from engine_loader.tensors.usable import refuse_unusable, unusable, unusable_name
 from engine_registry.schema.manifest import TensorEntry
 
 _META_STEP = 1 << 48  # between the addresses that storages without memory are given
@@ -83,13 +82,8 @@ class Wanted:
 def _unfit(tensor: Any) -> str:
     if is_lazy(tensor):
         return "is not initialized and has no shape yet: run its module once"
-    if tensor.layout is not torch.strided or not is_dense(tensor):
-        return "is on the meta device, and not contiguous in any order of its dimensions"
-    if weakref.getweakrefs(tensor):
-        return "is on the meta device, and weakly referred to, so nothing can take its place"
-    if tensor._use_count() > 1:
-        return "is on the meta device, and used by a view or by autograd, so it cannot be replaced"
-    return ""
+    why = fixed(tensor)
+    return f"is on the meta device, and {why}" if why else ""
 
 
 def _described(

@@ -21,11 +21,10 @@ from engine_loader.integrations.tensors import all_tensors
 from engine_loader.publishing.holding import check_can_be_held
 from engine_loader.tensors.arena import arena_of, bound
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.usable import is_dense
+from engine_loader.tensors.usable import is_dense, references
 from engine_registry.telemetry.logs import fields
 
 log = logging.getLogger(__name__)
-_WRAPPER = 1  # torch's object for a storage refers to it, too
 
 
 @dataclass
@@ -175,9 +174,8 @@ class _Block:
 
     def is_hidden(self) -> bool:
         """Whether anything but these tensors refers to the storage."""
-        storage = next(iter(self.tensors.values())).untyped_storage()
-        known = len(self.tensors) + len(self.others) + _WRAPPER
-        return torch._C._storage_Use_Count(storage._cdata) > known
+        tensor = next(iter(self.tensors.values()))
+        return references(tensor) > len(self.tensors) + len(self.others)
 
 
 def _blocks_of(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> list[_Block]:

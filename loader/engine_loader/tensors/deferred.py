@@ -10,7 +10,6 @@ them later, and torch fills those with a value of its own meanwhile. Starts no t
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from engine_loader.tensors.meta import like
+from engine_loader.tensors.meta import fixed, like
 from engine_loader.tensors.modes import plain_torch
-from engine_loader.tensors.usable import is_dense
+from engine_loader.tensors.usable import references
 
 _LEAST_NBYTES = 1 << 20
 _CHUNK = 16 << 20  # elements that are compared at once
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-_WRAPPER = 1  # torch's object for a storage refers to it, too
 _OUR_REFERENCES = 2  # to a parameter that no module has: that of `_Param`, and of the question
 
 
@@ -111,16 +109,9 @@ def _fits(param: Any) -> bool:
     """Whether it is large, and plain memory that only it uses."""
     if is_lazy(param) or param.is_meta or param.nbytes < _LEAST_NBYTES:
         return False
-    if param.layout is not torch.strided or is_traceable_wrapper_subclass(param):
+    if is_traceable_wrapper_subclass(param) or fixed(param):
         return False
-    storage = param.untyped_storage()
-    return bool(
-        is_dense(param)
-        and storage.nbytes() == param.nbytes
-        and torch._C._storage_Use_Count(storage._cdata) <= 1 + _WRAPPER
-        and param._use_count() == 1
-        and not weakref.getweakrefs(param)
-    )
+    return references(param) == 1 and param.untyped_storage().nbytes() == param.nbytes
 
 
 def _value_of(param: nn.Parameter) -> int | None:

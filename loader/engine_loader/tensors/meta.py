@@ -5,6 +5,7 @@ and tensors like them that have some.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from engine_loader.tensors.shards import is_sharded
+from engine_loader.tensors.usable import is_dense
 
 _BUILDING = threading.RLock()  # `nn.Module` is changed for all threads
 
@@ -40,6 +42,19 @@ def parameters_on_meta() -> Iterator[None]:
             yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def fixed(tensor: Any) -> str:
+    """Why another tensor cannot take its place, as `torch.utils.swap_tensors` does it. Empty where
+    one can.
+    """
+    if tensor.layout is not torch.strided or not is_dense(tensor):
+        return "not contiguous in any order of its dimensions"
+    if weakref.getweakrefs(tensor):
+        return "weakly referred to, so nothing can take its place"
+    if tensor._use_count() > 1:
+        return "used by a view or by autograd, so it cannot be replaced"
+    return ""
 
 
 def like(tensor: Any, view: torch.Tensor) -> torch.Tensor:

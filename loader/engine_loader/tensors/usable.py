@@ -13,6 +13,12 @@ from engine_registry.schema.manifest import dense_strides
 from engine_registry.schema.printable import is_unicode, short
 
 
+def references(tensor: torch.Tensor) -> int:
+    """How many refer to its memory: tensors of Python, and whatever else."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # that of `storage`
+
+
 def unusable_name(name: object) -> str:
     if not isinstance(name, str):
         return f"its name is a {type(name).__name__}, not a string"
