@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
@@ -46,28 +46,25 @@ def built_beside_held(device: torch.device) -> Iterator[Deferred | None]:
     """
     device = numbered(device)
     held, available = sum(kept.nbytes for kept in held_on(device)), available_nbytes(device)
-    if not held:
-        yield None
-        return
+    crowded = available is not None and held > available
     try:
-        if available is None or held <= available:
-            yield None
-            return
-        with deferred_parameters(device) as deferred:
+        with deferred_parameters(device) if crowded else nullcontext() as deferred:
             yield deferred
     except torch.OutOfMemoryError:
-        what, remedy = _no_room(device, "to make the model")
-        log.error("%s: %s", what, remedy, extra=fields("no_room_beside_held", held_nbytes=held))
+        if held:
+            what, remedy = _no_room(device, "to make the model")
+            log.error("%s: %s", what, remedy, extra=fields("no_room_beside_held", held_nbytes=held))
         raise
-    log.info(
-        "%.2f GB of %s are held, and %.2f GB are free: the model is made without memory for "
-        "%.2f GB of its weights",
-        held / 1e9,
-        device,
-        available / 1e9,
-        deferred.nbytes / 1e9,
-        extra=fields("parameters_deferred", nbytes=deferred.nbytes, held_nbytes=held),
-    )
+    if deferred is not None:
+        log.info(
+            "%.2f GB of %s are held, and %.2f GB are free: the model is made without memory for "
+            "%.2f GB of its weights",
+            held / 1e9,
+            device,
+            (available or 0) / 1e9,
+            deferred.nbytes / 1e9,
+            extra=fields("parameters_deferred", nbytes=deferred.nbytes, held_nbytes=held),
+        )
 
 
 def give_memory(
