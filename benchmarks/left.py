@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
 
-from benchmarks.processes import answer, call
+from benchmarks.processes import another_process
 from engine_registry.registration.held import Kept, keepers_here
 
 
@@ -21,12 +20,9 @@ def killed(module: str, function: str, *args: str) -> Iterator[str]:
     """The first line of a process that runs `module.function(*args)`. It is killed at the end of
     the block.
     """
-    command = call(module, function, *args)
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with another_process(module, function, *args) as (process, line):
         try:
-            yield answer(process, function)
+            yield line
         finally:
             process.kill()
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -127,26 +128,25 @@ def measure(gib: float, rounds: int, device: str, say: Callable[[str], None]) ->
 
 def _starts(source: str, rounds: int, args: tuple[str, ...]) -> list[Results]:
     found: list[Results] = []
-    with LocalEtcd() as local, keepers_end(_KEY):
+    with ExitStack() as stack:
+        endpoint = stack.enter_context(LocalEtcd()).endpoint
+        stack.enter_context(keepers_end(_KEY))
 
-        def again(instance: str = "restart") -> tuple[str, ...]:
-            return (local.endpoint, instance, *args, str(time.monotonic()))
+        def call(instance: str = "restart") -> tuple[str, ...]:
+            return (_MODULE, "start", endpoint, instance, *args, str(time.monotonic()))
 
         if source == "peers":
-            with another_process(_MODULE, "start", *again("peer")):
-                for _ in range(rounds + 1):
-                    with another_process(_MODULE, "start", *again()) as (_, line):
-                        found.append(_checked(line, source))
-        elif source == "held":
-            with killed(_MODULE, "start", *again()):
+            stack.enter_context(another_process(*call("peer")))
+        if source == "held":
+            with killed(*call()):
                 pass
-            for _ in range(rounds + 1):
+        for _ in range(rounds + 1):
+            if source == "held":
                 wait_until_held(_KEY)
-                with killed(_MODULE, "start", *again()) as line:
+                with killed(*call()) as line:
                     found.append(_checked(line, source))
-        else:
-            for _ in range(rounds + 1):
-                with another_process(_MODULE, "start", *again()) as (_, line):
+            else:
+                with another_process(*call()) as (_, line):
                     found.append(_checked(line, source))
     return found[1:]  # files are in the page cache from here on
 
