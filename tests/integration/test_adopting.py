@@ -189,12 +189,13 @@ def manifest_of(registry: Registry) -> tuple[RankRecord, Manifest]:
     return record, registry.manifest(record)
 
 
-def descriptor_at(manifest: Manifest, addr: int) -> tuple[int, int]:
-    """Of the memory that holds the address, from the keeper; and where in it that is."""
+def overwrite(manifest: Manifest, addr: int, data: bytes) -> None:
+    """In the memory that the keeper has."""
     (export,) = [one for one in manifest.exports if one.addr <= addr < one.end]
     pieces = Pieces.decode(export)
     (fd,) = fetch(pieces.place, pieces.first, 1)
-    return fd, addr - export.addr
+    os.pwrite(fd, data, addr - export.addr)
+    os.close(fd)
 
 
 # -- adopted exactly
@@ -398,9 +399,7 @@ def test_a_header_that_says_updating_is_torn_and_the_memory_is_let_go(
     rank = start()
     kill(registry, rank)
     record, manifest = manifest_of(registry)
-    fd, at = descriptor_at(manifest, record.header_addr)
-    os.pwrite(fd, b"\x01", at + 24)
-    os.close(fd)
+    overwrite(manifest, record.header_addr + 24, b"\x01")
     found = zeros()
     with pytest.raises(HeldUnusable, match="were being changed") as caught:
         adopt_into(registry, found)
@@ -417,9 +416,7 @@ def test_a_version_and_a_content_that_are_newer_than_the_record_are_those_of_the
     rank = start()
     kill(registry, rank)
     record, manifest = manifest_of(registry)
-    fd, at = descriptor_at(manifest, record.header_addr)
-    os.pwrite(fd, (2 * 7).to_bytes(8, "little") + b"\xcd" * 16, at + 24)
-    os.close(fd)
+    overwrite(manifest, record.header_addr + 24, (2 * 7).to_bytes(8, "little") + b"\xcd" * 16)
     adopted = adopt_into(registry, zeros())
     assert adopted is not None
     assert (adopted.version, adopted.content) == (7, "cd" * 16)
@@ -430,9 +427,7 @@ def test_memory_with_another_header_is_let_go(registry: Registry, start: Start) 
     rank = start()
     kill(registry, rank)
     record, manifest = manifest_of(registry)
-    fd, at = descriptor_at(manifest, record.header_addr)
-    os.pwrite(fd, bytes(NBYTES), at)
-    os.close(fd)
+    overwrite(manifest, record.header_addr, bytes(NBYTES))
     with pytest.raises(HeldUnusable):
         adopt_into(registry, zeros())
     wait_until(partial(is_free, rank.keeper))
@@ -445,9 +440,7 @@ def test_a_byte_that_has_changed_is_found_by_digests_and_the_memory_is_let_go(
     kill(registry, rank)
     record, manifest = manifest_of(registry)
     (entry,) = [one for one in manifest.tensors if one.name == "matrix"]
-    fd, at = descriptor_at(manifest, entry.addr)
-    os.pwrite(fd, b"\x99", at + 1000)
-    os.close(fd)
+    overwrite(manifest, entry.addr + 1000, b"\x99")
     found = zeros()
     with pytest.raises(HeldUnusable, match="not what it has published") as caught:
         adopt_into(registry, found)
@@ -464,9 +457,7 @@ def test_without_verification_nobody_looks_at_digests(registry: Registry, start:
     kill(registry, start())
     _, manifest = manifest_of(registry)
     (entry,) = [one for one in manifest.tensors if one.name == "matrix"]
-    fd, at = descriptor_at(manifest, entry.addr)
-    os.pwrite(fd, b"\x99", at + 1000)
-    os.close(fd)
+    overwrite(manifest, entry.addr + 1000, b"\x99")
     found = zeros()
     adopted = adopt_into(registry, found, verify=False)
     assert adopted is not None

@@ -28,6 +28,7 @@ from tests.integration.conftest import Processes, line_of
 from tests.integration.test_held_starts import kill
 from tests.integration.test_seeding import events
 from tests.support.processes.held import content
+from tests.support.room import FULL
 from tests.support.vllm_layers import Model, ReplicatedLinear, checkpoint
 from tests.support.vllm_start import StartedRank, identity, start_rank
 from tests.support.waiting import wait_until
@@ -116,8 +117,8 @@ def test_an_engine_whose_memory_something_else_uses_is_served_but_not_held(
 
 @pytest.fixture
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine_loader.integrations.room.available_nbytes", lambda device: 0)
-    monkeypatch.setattr("engine_loader.tensors.deferred._LEAST_NBYTES", 1)
+    for name, value in FULL.items():
+        monkeypatch.setattr(name, value)
 
 
 class Watched(Model):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
-
-import engine_loader.integrations.room
-import engine_loader.tensors.deferred
 
 
 def _none(device: Any) -> int:
     return 0
 
 
+# What has to be replaced. Of a model for tests any parameter counts as large.
+FULL = {
+    "engine_loader.integrations.room.available_nbytes": _none,
+    "engine_loader.tensors.deferred._LEAST_NBYTES": 1,
+}
+
+
 def fill_device() -> None:
-    """In this process, to its end. Of a model for tests any parameter counts as large."""
-    vars(engine_loader.integrations.room)["available_nbytes"] = _none
-    vars(engine_loader.tensors.deferred)["_LEAST_NBYTES"] = 1
+    """In this process, to its end."""
+    for name, value in FULL.items():
+        module, _, leaf = name.rpartition(".")
+        vars(importlib.import_module(module))[leaf] = value

@@ -36,28 +36,44 @@ def kill(engine: Engine, ranks: int = 1) -> list[Kept]:
     return left_by(instance)
 
 
+Told = tuple[list[list[int]], Any]
+
+
+def told_by(engine: Engine) -> Told:
+    """What it answers, and the checksums of its weights."""
+    return engine.generate(), engine.ask("checksums")
+
+
+def kill_one(engines: Engines, model: str) -> tuple[Told, str]:
+    """What it has told, and its instance, whose weights are held."""
+    first = engines.start(model, HOLD)
+    told, instance = told_by(first), first.instance()
+    kill(first)
+    return told, instance
+
+
 def test_an_engine_that_is_killed_leaves_its_weights_to_one_after_another(
     engines: Engines, checkpoint: Checkpoint
 ) -> None:
     model = checkpoint("qwen3")  # with tied embeddings
     alone = engines.start(model, patches=PLAIN)
     first = engines.start(model, HOLD, patches=PLAIN)
-    expected, sums = first.generate(), first.ask("checksums")
-    assert (expected, sums) == (alone.generate(), alone.ask("checksums"))
+    told = told_by(first)
+    assert told == told_by(alone)
     content = first.facts()[0]["content"]
     for _ in range(2):
         kill(first)
         second = engines.start(model, HOLD, patches=PLAIN)
         assert second.sources() == ["held"]
         assert second.facts()[0]["content"] == content
-        assert (second.generate(), second.ask("checksums")) == (expected, sums)
+        assert told_by(second) == told
         assert second.lines("does not leave its weights") == []
         first = second
     (line,) = first.lines("has adopted")
     assert "of weights that /engines/vllm." in line
     third = engines.start(model, {}, patches=PLAIN)
     assert third.sources() == ["peers"]  # of the one that has adopted
-    assert third.generate() == expected
+    assert third.generate() == told[0]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-int8", "qwen3moe"])
@@ -78,16 +94,14 @@ def test_an_engine_without_room_for_more_weights_is_made_without_memory_and_adop
     engines: Engines, checkpoint: Checkpoint, kind: str
 ) -> None:
     model = checkpoint(kind)
-    first = engines.start(model, HOLD)
-    expected, sums = first.generate(), first.ask("checksums")
-    kill(first)
+    told, _ = kill_one(engines, model)
     second = engines.start(model, HOLD, patches=NO_ROOM)
     assert second.lines("the model is made without memory for")
     assert second.sources() == ["held"]
-    assert (second.generate(), second.ask("checksums")) == (expected, sums)
+    assert told_by(second) == told
     if kind == "qwen3":  # vLLM 0.32 itself does not reload what it has packed for a CPU
         second.ask("call", method="reload_weights")  # from the disk, into the same model
-        assert second.generate() == expected
+        assert second.generate() == told[0]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama-int8", "qwen3moe"])
@@ -95,15 +109,12 @@ def test_an_engine_without_room_that_cannot_adopt_frees_what_is_held_and_reads_i
     engines: Engines, checkpoint: Checkpoint, kind: str
 ) -> None:
     model = checkpoint(kind)
-    first = engines.start(model, HOLD)
-    instance, expected = first.instance(), first.generate()
-    sums = first.ask("checksums")
-    kill(first)
+    told, instance = kill_one(engines, model)
     second = engines.start(model, HOLD, patches=(*NO_ROOM, "refuses_what_is_held"))
     assert second.sources() == ["disk"]
     assert second.lines("were not adopted, and are let go")
     assert left_by(instance) == []
-    assert (second.generate(), second.ask("checksums")) == (expected, sums)
+    assert told_by(second) == told
 
 
 @pytest.mark.parametrize("patches", [(), NO_ROOM], ids=["room", "no room"])
