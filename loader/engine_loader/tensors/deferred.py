@@ -4,7 +4,7 @@ Their memory lies there already, as another process has left it, and is adopted 
 built. Until then large parameters are on the meta device, each from the moment at which its module
 becomes a part of another one. Where nothing is adopted after all, they get memory with the values
 that they had. So only parameters are deferred that have one value throughout: engines fill most of
-them later, and torch fills those with a value of its own meanwhile. Starts no thread.
+them later, and until then torch writes one value to all elements of those. Starts no thread.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Desk:
         self._order(self._clear)
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """What those are told that look, soon."""
+        """Processes that look for keepers get these facts from now on, or soon."""
 
         def note() -> None:
             self._stock.facts = facts
